@@ -1,0 +1,179 @@
+"""Schemas, shape functions and which backend runs where.
+
+Each op has one schema. The dispatcher picks the backend by the device of the tensors: CPU tensors go to the C++
+extension, CUDA and ROCm tensors to Triton, everything else, and whatever has no kernel, to the reference.
+SPECKV_BACKEND=reference|triton|cpu forces one; a forced backend that is missing is an error.
+"""
+
+import importlib.util
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from speckv.kernels import checks, reference
+
+SCHEMAS = {
+    "draft_sample": "(Tensor logits, Tensor temperature, Tensor uniform)"
+                    " -> (Tensor token, Tensor prob, Tensor entropy, Tensor confidence)",
+    "plan_gamma": "(Tensor signals, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor gammas, Tensor seconds)"
+                  " -> (Tensor gamma, Tensor acceptance)",
+    "draft_step": "(Tensor logits, Tensor temperature, Tensor uniform, Tensor signals, Tensor drafted,"
+                  " Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor gammas, Tensor seconds)"
+                  " -> (Tensor token, Tensor prob, Tensor entropy, Tensor confidence, Tensor signals, Tensor gamma)",
+    "verify_chain": "(Tensor target_logits, Tensor draft_logits, Tensor draft_tokens, Tensor num_draft,"
+                    " Tensor temperature, Tensor uniform) -> (Tensor tokens, Tensor accepted)",
+}
+BACKENDS = ("reference", "triton", "cpu")
+BUILD_ADVICE = "build it with 'pip install --no-build-isolation -e .' in the source tree (needs a C++17 compiler)"
+
+_library = torch.library.Library("speckv", "DEF")
+_serving = {}  # device -> (backend, why), the same for all ops
+
+
+def _token_shapes(logits):
+    rows = logits.shape[0]
+    return (logits.new_empty(rows, dtype=torch.int64), *(logits.new_empty(rows, dtype=torch.float32) for _ in range(3)))
+
+
+def _draft_sample_shapes(logits, temperature, uniform):
+    checks.draft_sample(logits, temperature, uniform)
+    return _token_shapes(logits)
+
+
+def _plan_gamma_shapes(signals, w1, b1, w2, b2, gammas, seconds):
+    checks.plan_gamma(signals, w1, b1, w2, b2, gammas, seconds)
+    return gammas.new_empty(signals.shape[0]), signals.new_empty(signals.shape[0], gammas.shape[0])
+
+
+def _draft_step_shapes(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds):
+    checks.draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds)
+    return (*_token_shapes(logits), signals.new_empty(signals.shape), gammas.new_empty(signals.shape[0]))
+
+
+def _verify_chain_shapes(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform):
+    checks.verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform)
+    batch, width, _ = target_logits.shape
+    return draft_tokens.new_empty(batch, width), draft_tokens.new_empty(batch)
+
+
+_SHAPES = {
+    "draft_sample": _draft_sample_shapes,
+    "plan_gamma": _plan_gamma_shapes,
+    "draft_step": _draft_step_shapes,
+    "verify_chain": _verify_chain_shapes,
+}
+
+
+def _triton_op(name):
+    """The Triton launcher of an op, imported at its first call: importing Triton takes half a second."""
+    def launch(*args):
+        from speckv.kernels import draft, verify
+        return getattr(verify if name == "verify_chain" else draft, name)(*args)
+    return launch
+
+
+def _serve_triton(key):
+    for name in SCHEMAS:
+        _library.impl(name, _triton_op(name), key)
+
+
+def _extension_file():
+    """The compiled extension beside this file, or None."""
+    return next(iter(sorted(Path(__file__).parent.glob("_C*.so")) + sorted(Path(__file__).parent.glob("_C*.pyd"))), None)
+
+
+def _load_extension():
+    """Load the C++ kernels; returns None, or why it could not be done."""
+    file = _extension_file()
+    if file is None:
+        return f"the C++ extension is not built: {BUILD_ADVICE}"
+    try:
+        torch.ops.load_library(str(file))
+    except OSError as error:
+        return f"the C++ extension does not load ({error}): {BUILD_ADVICE}"
+    return None
+
+
+def _why_no_triton():
+    """None where Triton can run, else the reason."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'speckv[triton]'"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton needs a CUDA or ROCm GPU, or TRITON_INTERPRET=1 to run in its interpreter"
+    return None
+
+
+def _refuse_gpu(*args):
+    raise RuntimeError("SPECKV_BACKEND=cpu serves CPU tensors only: unset it, or move the tensors to the CPU")
+
+
+def _register():
+    for name, schema in SCHEMAS.items():
+        _library.define(name + schema)
+        _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"speckv::{name}", _SHAPES[name], lib=_library)
+
+    forced = os.environ.get("SPECKV_BACKEND")
+    if forced is not None and forced not in BACKENDS:
+        raise ImportError(f"SPECKV_BACKEND={forced}: must be one of {', '.join(BACKENDS)}")
+    why_forced = f"SPECKV_BACKEND={forced}"
+    if forced == "reference":
+        _serving.update(cpu=("reference", why_forced), cuda=("reference", why_forced))
+        return
+    if forced == "triton":
+        if why := _why_no_triton():
+            raise ImportError(f"SPECKV_BACKEND=triton: {why}")
+        _serve_triton("CPU")
+        _serve_triton("CUDA")
+        _serving.update(cpu=("triton", why_forced), cuda=("triton", why_forced))
+        return
+
+    why = _load_extension()
+    if why is None:
+        _serving["cpu"] = ("cpu", why_forced if forced else "the C++ extension is loaded")
+    elif forced == "cpu":
+        raise ImportError(f"SPECKV_BACKEND=cpu: {why}")
+    else:
+        _serving["cpu"] = ("reference", why)
+        warnings.warn(f"speckv runs its CPU ops in the slower PyTorch reference: {why}", stacklevel=2)
+    if forced == "cpu":
+        for name in SCHEMAS:
+            _library.impl(name, _refuse_gpu, "CUDA")
+        _serving["cuda"] = ("none", why_forced)
+    elif why := _why_no_triton():
+        _serving["cuda"] = ("reference", why)
+    else:
+        _serve_triton("CUDA")
+        _serving["cuda"] = ("triton", "Triton is installed")
+
+
+def serving():
+    """Which backend serves each device and why: {"cpu": (backend, reason), "cuda": (backend, reason)}."""
+    return dict(_serving)
+
+
+_register()
+
+
+def draft_sample(logits, temperature, uniform):
+    return torch.ops.speckv.draft_sample(logits, temperature, uniform)
+
+
+def plan_gamma(signals, w1, b1, w2, b2, gammas, seconds):
+    return torch.ops.speckv.plan_gamma(signals, w1, b1, w2, b2, gammas, seconds)
+
+
+def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds):
+    return torch.ops.speckv.draft_step(
+        logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds)
+
+
+def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform):
+    return torch.ops.speckv.verify_chain(
+        target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform)
+
+
+for _op in (draft_sample, plan_gamma, draft_step, verify_chain):
+    _op.__doc__ = getattr(reference, _op.__name__).__doc__

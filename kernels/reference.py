@@ -1,0 +1,166 @@
+"""The four ops in plain PyTorch: the specification that every other backend must match.
+
+Read top to bottom this is the whole method. While drafting, ``draft_sample`` draws a token and says how sure the
+drafter was; ``plan_gamma`` turns those signals into a speculation length; ``draft_step`` is both at once; then
+``verify_chain`` decides which draft tokens the target keeps, so that what comes out is distributed exactly as the
+target alone would have written it.
+
+Conventions shared by all backends: logits are fp32, fp16 or bf16 and all arithmetic is fp32 (cumulative sums fp64);
+the last dimension is unit-stride; a logit of -inf is a masked token with probability exactly 0, never emitted;
+temperature 0 means greedy; uniforms lie in [0, 1) and are inputs, so equal numbers give equal tokens everywhere.
+"""
+
+import torch
+
+from speckv.kernels import checks
+
+PAPER_SIGNALS = ("mean_entropy", "mean_confidence", "max_entropy", "min_confidence", "compression")
+
+
+def softmax_with_temperature(logits, temperature):
+    """softmax(logits / temperature) over the last dimension in fp32; temperature broadcasts, 0 is computed as 1.
+
+    The maximum is subtracted before dividing, so that a tiny temperature cannot overflow.
+    """
+    logits = logits.float()
+    shifted = logits - logits.amax(dim=-1, keepdim=True)
+    return torch.softmax(shifted / temperature.where(temperature > 0, 1.0), dim=-1)
+
+
+def sample_inverse_cdf(weights, uniform):
+    """Index of the first element whose running sum exceeds uniform * total; weights [B, V] >= 0, uniform [B].
+
+    Zero weights are never chosen: their running sum equals their predecessor's, and a uniform so close to 1 that it
+    walks off the end is brought back to the last element with weight.
+    """
+    cdf = weights.double().cumsum(dim=-1)
+    threshold = uniform.double().unsqueeze(-1) * cdf[:, -1:]
+    index = torch.searchsorted(cdf, threshold, right=True).squeeze(-1)
+    positions = torch.arange(weights.shape[-1], device=weights.device)
+    last = positions.where(weights > 0, 0).amax(dim=-1)
+    return torch.minimum(index, last)
+
+
+def draft_sample(logits, temperature, uniform):
+    """Draw one draft token a row and measure how uncertain the drafter was.
+
+    logits [B, V]; temperature [B] f32; uniform [B] f32 in [0, 1).
+    Returns token [B] i64; prob [B] f32, the probability of token under softmax(logits / temperature), 1 when greedy;
+    entropy [B] f32 in bits and confidence [B] f32 (the largest probability), both of softmax(logits), as in SpecKV
+    (arXiv 2605.02888, section 3). Raises RuntimeError for NaN, +inf or all -inf logits, and for values out of range.
+    """
+    checks.draft_sample(logits, temperature, uniform)
+    checks.sampling_values("draft_sample", temperature, uniform)
+    checks.logit_values("draft_sample", logits)
+
+    drafter = torch.softmax(logits.float(), dim=-1)
+    entropy = -torch.special.xlogy(drafter, drafter).sum(dim=-1) / torch.log(torch.tensor(2.0))
+    confidence = drafter.amax(dim=-1)
+
+    q = softmax_with_temperature(logits, temperature.unsqueeze(-1))
+    greedy = temperature == 0
+    token = torch.where(greedy, logits.float().argmax(dim=-1), sample_inverse_cdf(q, uniform))
+    prob = torch.where(greedy, 1.0, q.gather(-1, token.unsqueeze(-1)).squeeze(-1))
+    return token, prob, entropy, confidence
+
+
+def plan_gamma(signals, w1, b1, w2, b2, gammas, seconds):
+    """Choose a speculation length a row: the candidate with the most predicted tokens per second.
+
+    signals [B, F] f32 with F >= 5, the first five being PAPER_SIGNALS; the controller is the paper's MLP,
+    w1 [F+1, H], b1 [H], w2 [H, 1], b2 [1] f32, whose last input is the candidate gamma; gammas [G] i64;
+    seconds [G] f32 > 0, what a step with that gamma costs (all ones is the paper's rule).
+    Returns gamma [B] i64, the first argmax of (clip(acceptance, 0, 1) * gamma + 1) / seconds, and acceptance
+    [B, G] f32 as the MLP gave it. Raises RuntimeError where acceptance is not finite.
+    """
+    checks.plan_gamma(signals, w1, b1, w2, b2, gammas, seconds)
+    checks.seconds_values("plan_gamma", seconds)
+
+    rows, candidates = signals.shape[0], gammas.shape[0]
+    features = torch.cat([
+        signals.unsqueeze(1).expand(rows, candidates, -1),
+        gammas.float().reshape(1, candidates, 1).expand(rows, candidates, 1),
+    ], dim=-1)
+    hidden = torch.relu(features @ w1 + b1)
+    acceptance = (hidden @ w2 + b2).squeeze(-1)
+    checks.acceptance_values("plan_gamma", acceptance)
+
+    tokens_per_second = (acceptance.clamp(0, 1) * gammas + 1) / seconds
+    return gammas[tokens_per_second.argmax(dim=-1)], acceptance
+
+
+def update_signals(signals, drafted, entropy, confidence):
+    """The running signals [B, F] with one more draft token in them; `drafted` [B] i64 tokens were in them before."""
+    drafted = drafted.float()
+    first = drafted == 0
+    updated = signals.clone()
+    updated[:, 0] = torch.where(first, entropy, (signals[:, 0] * drafted + entropy) / (drafted + 1))
+    updated[:, 1] = torch.where(first, confidence, (signals[:, 1] * drafted + confidence) / (drafted + 1))
+    updated[:, 2] = torch.where(first, entropy, torch.maximum(signals[:, 2], entropy))
+    updated[:, 3] = torch.where(first, confidence, torch.minimum(signals[:, 3], confidence))
+    return updated
+
+
+def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds):
+    """The draft side of a step: draft_sample, the signals brought up to date, plan_gamma; inputs as for those.
+
+    drafted [B] i64 >= 0 counts the draft tokens already in signals [B, F] f32; at 0 the old values are not read.
+    Returns token, prob, entropy, confidence, signals, gamma. The decoding loop drafts on while gamma > drafted + 1.
+    """
+    checks.draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds)
+    checks.drafted_values("draft_step", drafted)
+    token, prob, entropy, confidence = draft_sample(logits, temperature, uniform)
+    signals = update_signals(signals, drafted, entropy, confidence)
+    gamma, _ = plan_gamma(signals, w1, b1, w2, b2, gammas, seconds)
+    return token, prob, entropy, confidence, signals, gamma
+
+
+def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform):
+    """Keep the longest prefix of the draft that speculative sampling accepts, and add one token of the target's own.
+
+    target_logits [B, K+1, V]: row i is the target's prediction of position i; draft_logits [B, K, V];
+    draft_tokens [B, K] i64 (a negative id is padding and ends the row's draft); num_draft [B] i64 in [0, K];
+    temperature [B] f32; uniform [B, K+1] f32 in [0, 1): column i decides on draft token i, and column num_draft[b]
+    draws the token after the accepted ones. Returns tokens [B, K+1] i64 (accepted tokens, then the recovered or
+    bonus token, then -1) and accepted [B] i64. Raises RuntimeError for bad logits in a row that decides something.
+
+    Source: Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318, theorem 1.
+    """
+    checks.verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform)
+    checks.sampling_values("verify_chain", temperature, uniform)
+    batch, width, vocabulary = target_logits.shape
+    max_draft = width - 1
+    rows = torch.arange(batch, device=target_logits.device)
+    position = torch.arange(width, device=target_logits.device)
+    proposed = (position[:max_draft] < num_draft.unsqueeze(1)) & (draft_tokens >= 0)
+    proposed = proposed.cumprod(dim=1).bool()
+    checks.draft_values(draft_tokens, num_draft, proposed, vocabulary)
+
+    greedy = temperature == 0
+    p = softmax_with_temperature(target_logits, temperature.reshape(-1, 1, 1))
+    q = softmax_with_temperature(draft_logits, temperature.reshape(-1, 1, 1))
+    best = target_logits.float().argmax(dim=-1)
+
+    # Accept token i with probability min(1, p/q). Multiplying keeps q = 0 harmless, and the strict comparison keeps
+    # p = 0 out even when the uniform is 0.
+    token = draft_tokens.where(proposed, 0)
+    p_token = p[:, :max_draft].gather(-1, token.unsqueeze(-1)).squeeze(-1)
+    q_token = q.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+    keep = torch.where(greedy.unsqueeze(1), token == best[:, :max_draft], uniform[:, :max_draft] * q_token < p_token)
+    accepted = (keep & proposed).cumprod(dim=1).sum(dim=1)
+    checks.verified_values(target_logits, draft_logits, accepted, proposed, greedy)
+
+    # After a rejection the next token comes from what the target has and the draft has not, max(0, p - q); where
+    # nothing was proposed (the draft is used up), q is zero and this is p itself.
+    rejected = accepted < proposed.sum(dim=1)
+    q_stop = torch.nn.functional.pad(q, (0, 0, 0, 1))[rows, accepted] * rejected.unsqueeze(1)
+    p_stop = p[rows, accepted]
+    residual = (p_stop - q_stop).clamp(min=0)
+    residual = torch.where(residual.sum(dim=-1, keepdim=True) > 0, residual, p_stop)
+    next_uniform = uniform.gather(1, num_draft.unsqueeze(1)).squeeze(1)
+    next_token = torch.where(greedy, best[rows, accepted], sample_inverse_cdf(residual, next_uniform))
+
+    padded = torch.nn.functional.pad(token, (0, 1))
+    tokens = padded.where(position < accepted.unsqueeze(1), -1)
+    tokens[rows, accepted] = next_token
+    return tokens, accepted
