@@ -1,0 +1,180 @@
+"""What the tests of the ops share: named shapes, tolerances, poisoned inputs, and how each backend refuses a row."""
+
+import inspect
+import re
+
+import pytest
+import torch
+
+from speckv import kernels
+from speckv.kernels import reference
+
+BACKEND = kernels.serving()["cpu"][0]
+INTERPRETED = BACKEND == "triton"  # on CPU tensors Triton runs in its interpreter, about a thousand times slower
+
+SHAPES = [(1, 1, 7), (3, 5, 1023), (2, 4, 32001), (2, 8, 50257), (1, 8, 151936)]  # batch, gamma, vocabulary
+SHAPE_IDS = [f"batch{batch}-gamma{gamma}-vocabulary{vocabulary}" for batch, gamma, vocabulary in SHAPES]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPE_IDS = ["fp32", "fp16", "bf16"]
+ROWS = ["greedy", "sampled", "mixed"]
+
+# rtol, atol. The same for all: every backend widens the logits, exactly, and computes in fp32; what is left is the
+# order of the sums and the last bits of exp.
+TOLERANCE = {dtype: {"rtol": 1e-5, "atol": 1e-6} for dtype in DTYPES}
+
+LARGEST_UNIFORM = 1 - 2**-24  # the largest float32 below 1
+INT_SENTINEL = 2**62  # as an index it is far outside of any allocation
+SPREAD = 5.0  # standard deviation of random logits: as peaked as a language model's, so few uniforms meet a boundary
+
+
+def named(names):
+    """Parametrise over shapes, dtypes and kinds of rows, each with a readable id."""
+    table = {"shape": (SHAPES, SHAPE_IDS), "dtype": (DTYPES, DTYPE_IDS), "rows": (ROWS, ROWS)}
+
+    def decorate(test):
+        for name in reversed(names.split()):
+            values, ids = table[name]
+            test = pytest.mark.parametrize(name, values, ids=ids)(test)
+        return test
+    return decorate
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def temperatures(rows, count):
+    """A temperature for each of `count` rows: all greedy, all sampled, or both kinds in turn."""
+    cycle = {"greedy": [0.0], "sampled": [0.7, 1.0, 0.9], "mixed": [0.0, 0.8, 1.0]}[rows]
+    return torch.tensor([cycle[row % len(cycle)] for row in range(count)])
+
+
+def random_logits(*shape, dtype=torch.float32, seed=0):
+    return (torch.randn(*shape, generator=generator(seed)) * SPREAD).to(dtype)
+
+
+def random_uniform(*shape, seed=0):
+    return torch.rand(*shape, generator=generator(seed))
+
+
+def poisoned(tensor):
+    """The same values as a view into a larger buffer whose other elements are NaN, or a huge integer.
+
+    Two dimensions and more keep a unit stride in the last one, as logits must; one dimension gets a stride of 2.
+    """
+    poison = float("nan") if tensor.is_floating_point() else INT_SENTINEL
+    if tensor.dim() == 1:
+        buffer = torch.full((tensor.shape[0] + 1, 2), poison, dtype=tensor.dtype)
+        view = buffer[1:, 1]
+    else:
+        # 3 columns before and 10 behind: no row starts where a vector load would like it to.
+        buffer = torch.full([size + 1 for size in tensor.shape[:-1]] + [tensor.shape[-1] + 13], poison,
+                            dtype=tensor.dtype)
+        view = buffer[tuple(slice(1, None) for _ in tensor.shape[:-1]) + (slice(3, -10),)]
+    view.copy_(tensor)
+    return view
+
+
+def random_controller(features, hidden=16, seed=0):
+    """Weights w1, b1, w2, b2 of an MLP whose acceptance of gamma 0 to 8 lies mostly between 0 and 1."""
+    source = generator(seed)
+    w1 = torch.randn(features + 1, hidden, generator=source) * 0.3
+    b1 = torch.randn(hidden, generator=source) * 0.3
+    w2 = torch.randn(hidden, 1, generator=source) * 0.2
+    return w1, b1, w2, torch.tensor([0.5])
+
+
+def random_signals(rows, features=5, seed=0):
+    scale = torch.tensor([4.0, 1.0, 8.0, 1.0, 2.0, *[1.0] * (features - 5)])
+    return torch.rand(rows, features, generator=generator(seed)) * scale
+
+
+def random_chain(shape, dtype=torch.float32, rows="mixed", seed=0):
+    """Arguments of verify_chain in which the draft is close to the target, poisoned wherever it must not be read.
+
+    Row 0 has a full draft, the others one of random length. What is not read: padding columns, draft tokens and
+    draft logits from num_draft on, and all draft logits of greedy rows.
+    """
+    batch, gamma, vocabulary = shape
+    source = generator(seed)
+    base = random_logits(batch, gamma + 1, vocabulary, seed=seed)
+    noise = torch.randn(batch, gamma, vocabulary, generator=source)
+    target, draft = base.to(dtype), (base[:, :gamma] + noise).to(dtype)
+    temperature = temperatures(rows, batch)
+    greedy = temperature == 0
+
+    q = torch.softmax(draft.float(), dim=-1).reshape(-1, vocabulary)
+    tokens = torch.multinomial(q, 1, generator=source).reshape(batch, gamma) if gamma and batch else torch.zeros(
+        batch, gamma, dtype=torch.int64)
+    take_best = (torch.rand(batch, gamma, generator=source) < 0.4) | greedy.unsqueeze(1)
+    take_best &= torch.rand(batch, gamma, generator=source) < 0.8
+    tokens = torch.where(take_best, target[:, :gamma].float().argmax(dim=-1), tokens)
+
+    num_draft = torch.randint(0, gamma + 1, (batch,), generator=source)
+    num_draft[:1] = gamma
+    unread = torch.arange(gamma) >= num_draft.unsqueeze(1)
+    draft[unread | greedy.unsqueeze(1)] = float("nan")
+    tokens[unread] = INT_SENTINEL
+    return {
+        "target_logits": poisoned(target), "draft_logits": poisoned(draft), "draft_tokens": poisoned(tokens),
+        "num_draft": poisoned(num_draft), "temperature": poisoned(temperature),
+        "uniform": poisoned(random_uniform(batch, gamma + 1, seed=seed + 1)),
+    }
+
+
+def arguments(op, **values):
+    """The arguments of an op in the order of its schema."""
+    return [values[name] for name in inspect.signature(getattr(reference, op)).parameters]
+
+
+def call(op, values):
+    """The op of whichever backend serves, called with arguments by name."""
+    return getattr(kernels, op)(*arguments(op, **values))
+
+
+def call_reference(op, values):
+    return getattr(reference, op)(*arguments(op, **values))
+
+
+def same_bits(one, other):
+    """Equality bit for bit, so that NaN equals itself."""
+    if one.is_floating_point():
+        integers = {4: torch.int32, 2: torch.int16, 8: torch.int64}[one.element_size()]
+        one, other = one.contiguous().view(integers), other.contiguous().view(integers)
+    return torch.equal(one, other)
+
+
+def refused_rows(op, outputs):
+    """True for the rows in which a backend that cannot raise says that its input was bad."""
+    if op == "draft_sample":
+        return outputs[0] == -1
+    if op == "plan_gamma":
+        return outputs[0] == -1
+    if op == "draft_step":
+        return (outputs[0] == -1) | (outputs[-1] == -1)
+    tokens, accepted = outputs
+    return tokens.gather(1, accepted.unsqueeze(1)).squeeze(1) == -1
+
+
+def assert_refused(op, good, changes, row, words):
+    """`good` arguments with `changes` are refused for `row`: an error in these words, or -1 in that row alone.
+
+    `row` None means that the bad value belongs to every row.
+    """
+    bad = {**good, **changes}
+    with pytest.raises(RuntimeError, match=re.escape(words)):
+        call_reference(op, bad)
+    if BACKEND != "triton":
+        with pytest.raises(RuntimeError, match=re.escape(words)):
+            call(op, bad)
+        return
+    healthy, outputs = call(op, good), call(op, bad)
+    refused = refused_rows(op, outputs)
+    assert not refused_rows(op, healthy).any()
+    if row is None:
+        assert refused.all()
+        return
+    neighbours = [other for other in range(refused.shape[0]) if other != row]
+    assert refused[row] and not refused[neighbours].any()
+    for before, after in zip(healthy, outputs, strict=True):
+        assert same_bits(before[neighbours], after[neighbours])

@@ -1,0 +1,125 @@
+"""Draws and decisions in fp64, one row at a time, with their distance to the nearest boundary; and comparisons.
+
+Backends agree on a token wherever the uniform is more than BOUNDARY away from the place where the answer changes;
+nearer than that, fp32 may decide either way.
+"""
+
+import torch
+from helpers_ops import TOLERANCE, call, call_reference
+
+BOUNDARY = 1e-6
+RARELY = 0.02  # share of rows that may lie near a boundary: with more, a test would compare too little
+
+
+def softmax64(logits, temperature):
+    logits = logits.double()
+    return torch.softmax((logits - logits.max()) / (temperature or 1.0), dim=-1)
+
+
+def draw64(weights, uniform):
+    """The token that inverse CDF gives, and how far the uniform is from the nearest boundary."""
+    cdf = weights.cumsum(0) / weights.sum()
+    token = min(int(torch.searchsorted(cdf, uniform, right=True)), int(weights.nonzero().max()))
+    return token, float((cdf - uniform).abs().min())
+
+
+def draft_sample64(logits, temperature, uniform):
+    """Tokens of a batch and their distance to the nearest boundary."""
+    tokens, distances = [], []
+    for row, t, u in zip(logits, temperature.tolist(), uniform.tolist(), strict=True):
+        token, distance = draw64(softmax64(row, t), u) if t else (int(row.double().argmax()), 1.0)
+        tokens.append(token)
+        distances.append(distance)
+    return torch.tensor(tokens), torch.tensor(distances)
+
+
+def verify_chain64(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform):
+    """Tokens, accepted, and each row's smallest distance to a boundary among the decisions that it took."""
+    batch, width, _ = target_logits.shape
+    tokens = torch.full((batch, width), -1)
+    accepted = torch.zeros(batch, dtype=torch.int64)
+    distances = torch.ones(batch)
+    for row in range(batch):
+        t, u, kept, distance = float(temperature[row]), uniform[row].tolist(), 0, 1.0
+        weights = None
+        for position in range(int(num_draft[row])):
+            token = int(draft_tokens[row, position])
+            if token < 0:
+                break
+            p = softmax64(target_logits[row, position], t)
+            if t == 0:
+                keep = token == int(target_logits[row, position].double().argmax())
+            else:
+                q = softmax64(draft_logits[row, position], t)
+                keep = u[position] * q[token] < p[token]
+                if q[token] > 0:
+                    distance = min(distance, abs(u[position] - float(p[token] / q[token])))
+            if not keep:
+                weights = (p - q).clamp(min=0) if t else None
+                break
+            tokens[row, kept] = token
+            kept += 1
+        if weights is None or not weights.any():
+            weights = softmax64(target_logits[row, kept], t)
+        if t == 0:
+            tokens[row, kept] = int(target_logits[row, kept].double().argmax())
+        else:
+            tokens[row, kept], nearest = draw64(weights, u[int(num_draft[row])])
+            distance = min(distance, nearest)
+        accepted[row], distances[row] = kept, distance
+    return tokens, accepted, distances
+
+
+def assert_close(actual, expected, dtype):
+    torch.testing.assert_close(actual, expected, **TOLERANCE[dtype])
+
+
+def assert_draft_sample_agrees(values, outputs=None):
+    """The serving backend against the reference, and both against fp64, on draft_sample's four outputs."""
+    logits, temperature, uniform = values["logits"], values["temperature"], values["uniform"]
+    outputs = call("draft_sample", values) if outputs is None else outputs
+    token, prob, entropy, confidence = outputs
+    expected = call_reference("draft_sample", values)
+    assert [out.dtype for out in outputs] == [torch.int64, *[torch.float32] * 3]
+    assert all(out.shape == logits.shape[:1] for out in outputs)
+
+    token64, distance = draft_sample64(logits, temperature, uniform)
+    certain = distance > BOUNDARY
+    assert (~certain).float().mean() <= RARELY
+    assert torch.equal(token[certain], expected[0][certain])
+    assert torch.equal(token[certain], token64[certain])
+    assert_close(prob[certain], expected[1][certain], logits.dtype)
+    assert_close(entropy, expected[2], logits.dtype)
+    assert_close(confidence, expected[3], logits.dtype)
+
+
+def assert_chain_is_well_formed(values, tokens, accepted):
+    """Accepted draft tokens, one more token of the vocabulary, then -1."""
+    draft_tokens, num_draft = values["draft_tokens"], values["num_draft"]
+    batch, width, vocabulary = values["target_logits"].shape
+    assert tokens.shape == (batch, width) and tokens.dtype == torch.int64
+    assert accepted.shape == (batch,) and accepted.dtype == torch.int64
+    assert ((accepted >= 0) & (accepted <= num_draft)).all()
+    assert torch.equal(accepted + 1, (tokens != -1).sum(dim=1))
+    position = torch.arange(width)
+    kept = position < accepted.unsqueeze(1)
+    assert torch.equal(tokens[:, :-1][kept[:, :-1]], draft_tokens[kept[:, :-1]])
+    written = position <= accepted.unsqueeze(1)
+    assert ((tokens[written] >= 0) & (tokens[written] < vocabulary)).all()
+    assert (tokens[~written] == -1).all()
+
+
+def assert_verify_chain_agrees(values):
+    """The serving backend against the reference, and both against fp64; returns what the backend gave."""
+    tokens, accepted = call("verify_chain", values)
+    assert_chain_is_well_formed(values, tokens, accepted)
+    expected_tokens, expected_accepted = call_reference("verify_chain", values)
+    tokens64, accepted64, distance = verify_chain64(**values)
+    certain = distance > BOUNDARY
+    if certain.numel():
+        assert (~certain).float().mean() <= RARELY
+    assert torch.equal(accepted[certain], expected_accepted[certain])
+    assert torch.equal(tokens[certain], expected_tokens[certain])
+    assert torch.equal(accepted[certain], accepted64[certain])
+    assert torch.equal(tokens[certain], tokens64[certain])
+    return tokens, accepted
