@@ -1,0 +1,135 @@
+#include "draft_sample.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <tuple>
+
+namespace speckv {
+namespace {
+
+// Sums over the blocks read so far, against the largest logit among them.
+struct RunningSums {
+    float maximum = -kInfinity;
+    int64_t maximum_start = 0;  // where the first block that holds the maximum starts
+    double total = 0.0;         // of e = exp(x - maximum)
+    double weighted = 0.0;      // of (x - maximum) * e
+
+    void raise_maximum(float raised, int64_t start) {
+        if (total > 0) {
+            const double change = static_cast<double>(maximum) - raised;
+            weighted = (weighted + change * total) * std::exp(change);
+            total *= std::exp(change);
+        }
+        maximum = raised;
+        maximum_start = start;
+    }
+};
+
+}  // namespace
+
+DraftSample draft_sample_row(const Row& row, float temperature, float uniform) {
+    thread_local std::vector<double> masses;
+    thread_local std::vector<float> shifts;
+    const int64_t blocks = block_count(row.size);
+    masses.resize(blocks);
+    shifts.resize(blocks);
+
+    const bool is_greedy = temperature == 0;
+    const float scale = is_greedy ? 1.0f : scale_of(temperature);
+    RunningSums sums;
+    float buffer[kBlockSize];
+    for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t start = i * kBlockSize;
+        const Block block = load_block(row, start, buffer);
+        if (block.maximum > sums.maximum) {
+            sums.raise_maximum(block.maximum, start);
+        }
+        shifts[i] = sums.maximum;
+        masses[i] = 0.0;
+        if (block.maximum == -kInfinity) {
+            if (has_nan(block.values, block.size)) {
+                return {};
+            }
+            continue;
+        }
+        const ExpSums block_sums = exp_sums(block.values, block.size, sums.maximum);
+        sums.total += block_sums.sum;
+        sums.weighted += block_sums.weighted;
+        // At temperature 1, and when greedy, where the masses are not needed, one exp serves for both distributions.
+        masses[i] = scale == 1.0f ? block_sums.sum : exp_sum(block.values, block.size, sums.maximum, scale);
+    }
+    if (!std::isfinite(sums.maximum) || !std::isfinite(sums.total)) {
+        return {};
+    }
+
+    DraftSample drafted{};
+    drafted.is_valid = true;
+    const double entropy = std::log(sums.total) - sums.weighted / sums.total;
+    drafted.entropy = static_cast<float>(std::max(0.0, entropy) / std::log(2.0));
+    drafted.confidence = static_cast<float>(1.0 / sums.total);
+    if (is_greedy) {
+        drafted.token = find_maximum(row, sums.maximum_start, sums.maximum);
+        drafted.prob = 1.0f;
+        return drafted;
+    }
+    const double total = rescale_masses(masses, shifts, sums.maximum, scale);
+    const Softmax softmax{sums.maximum, scale, static_cast<float>(1.0 / total)};
+    drafted.token = sample(row, softmax, masses, total, uniform);
+    drafted.prob = probability_at(row, softmax, drafted.token);
+    return drafted;
+}
+
+void check_draft_sample(const char* op, const Tensor& logits, const Tensor& temperature, const Tensor& uniform) {
+    check_shape(op, "logits", logits, {kAnySize, kAnySize});
+    check_logits(op, "logits", logits);
+    check_shape(op, "temperature", temperature, {logits.size(0)});
+    check_float32(op, "temperature", temperature);
+    check_shape(op, "uniform", uniform, {logits.size(0)});
+    check_float32(op, "uniform", uniform);
+}
+
+DraftSampleOutputs draft_sample_rows(
+    const char* op, const Logits& logits, const float* temperature, const float* uniform, int64_t rows) {
+    check_sampling_values(op, temperature, uniform, rows, 1);
+
+    DraftSampleOutputs outputs{
+        empty_int64<1>({rows}), empty_float32<1>({rows}), empty_float32<1>({rows}), empty_float32<1>({rows})};
+    auto* token = mutable_data<int64_t>(outputs.token);
+    auto* prob = mutable_data<float>(outputs.prob);
+    auto* entropy = mutable_data<float>(outputs.entropy);
+    auto* confidence = mutable_data<float>(outputs.confidence);
+    for_each_row(rows, logits.vocabulary, [&](int64_t i) {
+        const DraftSample drafted = draft_sample_row(logits.row(i), temperature[i], uniform[i]);
+        token[i] = drafted.is_valid ? drafted.token : -1;
+        prob[i] = drafted.prob;
+        entropy[i] = drafted.entropy;
+        confidence[i] = drafted.confidence;
+    });
+    for (int64_t i = 0; i < rows; ++i) {
+        if (token[i] < 0) {
+            refuse(op, "row ", i, ": ", reason(logits.row(i)));
+        }
+    }
+    return outputs;
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> draft_sample(
+    const Tensor& logits, const Tensor& temperature, const Tensor& uniform) {
+    check_draft_sample("draft_sample", logits, temperature, uniform);
+    const Tensor temperatures = as_contiguous(temperature);
+    const Tensor uniforms = as_contiguous(uniform);
+    DraftSampleOutputs outputs = draft_sample_rows(
+        "draft_sample", as_logits(logits), data<float>(temperatures), data<float>(uniforms), logits.size(0));
+    return {outputs.token, outputs.prob, outputs.entropy, outputs.confidence};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(speckv, CPU, m) {
+    m.impl("draft_sample", TORCH_BOX(&draft_sample));
+}
+
+}  // namespace speckv

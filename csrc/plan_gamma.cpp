@@ -1,0 +1,130 @@
+#include "plan_gamma.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "tensors.h"
+
+namespace speckv {
+
+int64_t plan_gamma_row(const Controller& controller, const float* signals, float* acceptance) {
+    // What the signals contribute to each hidden unit is the same for every candidate.
+    thread_local std::vector<float> from_signals;
+    from_signals.assign(controller.b1, controller.b1 + controller.hidden);
+    for (int64_t i = 0; i < controller.features; ++i) {
+        const float* weights = controller.w1 + i * controller.hidden;
+        for (int64_t j = 0; j < controller.hidden; ++j) {
+            from_signals[j] += signals[i] * weights[j];
+        }
+    }
+    const float* gamma_weights = controller.w1 + controller.features * controller.hidden;
+
+    int64_t best = 0;
+    float best_rate = -std::numeric_limits<float>::infinity();
+    for (int64_t i = 0; i < controller.candidates; ++i) {
+        const auto gamma = static_cast<float>(controller.gammas[i]);
+        float output = *controller.b2;
+        for (int64_t j = 0; j < controller.hidden; ++j) {
+            const float hidden = from_signals[j] + gamma * gamma_weights[j];
+            output += (hidden < 0 ? 0.0f : hidden) * controller.w2[j];  // a NaN passes, as in torch.relu
+        }
+        acceptance[i] = output;
+        const float rate = (std::clamp(output, 0.0f, 1.0f) * gamma + 1.0f) / controller.seconds[i];
+        if (rate > best_rate) {
+            best_rate = rate;
+            best = i;
+        }
+    }
+    return controller.gammas[best];
+}
+
+void check_plan_gamma(
+    const char* op, const Tensor& signals, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+    const Tensor& gammas, const Tensor& seconds) {
+    check_shape(op, "signals", signals, {kAnySize, kAnySize});
+    const int64_t features = signals.size(1);
+    if (features < 5) {
+        refuse(op, "signals must have at least 5 columns, got ", features);
+    }
+    check_shape(op, "w1", w1, {features + 1, kAnySize});
+    const int64_t hidden = w1.size(1);
+    if (hidden < 1) {
+        refuse(op, "w1 must have at least one hidden unit");
+    }
+    check_shape(op, "b1", b1, {hidden});
+    check_shape(op, "w2", w2, {hidden, 1});
+    check_shape(op, "b2", b2, {1});
+    check_float32(op, "signals", signals);
+    check_float32(op, "w1", w1);
+    check_float32(op, "b1", b1);
+    check_float32(op, "w2", w2);
+    check_float32(op, "b2", b2);
+    check_float32(op, "seconds", seconds);
+    check_shape(op, "gammas", gammas, {kAnySize});
+    check_int64(op, "gammas", gammas);
+    if (gammas.size(0) < 1) {
+        refuse(op, "gammas must name at least one candidate");
+    }
+    check_shape(op, "seconds", seconds, {gammas.size(0)});
+}
+
+Controller ControllerTensors::controller() const {
+    return {
+        data<float>(w1), data<float>(b1), data<float>(w2), data<float>(b2), data<int64_t>(gammas), data<float>(seconds),
+        w1.size(0) - 1,  w1.size(1),      gammas.size(0),
+    };
+}
+
+ControllerTensors as_contiguous(
+    const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& gammas,
+    const Tensor& seconds) {
+    return {as_contiguous(w1), as_contiguous(b1), as_contiguous(w2), as_contiguous(b2), as_contiguous(gammas), as_contiguous(seconds)};
+}
+
+void plan_gamma_rows(
+    const char* op, const Controller& controller, const float* signals, int64_t rows, int64_t* gamma,
+    float* acceptance) {
+    for (int64_t i = 0; i < controller.candidates; ++i) {
+        if (!(std::isfinite(controller.seconds[i]) && controller.seconds[i] > 0)) {
+            refuse(op, "seconds must be finite and > 0");
+        }
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+        float* row_acceptance = acceptance + row * controller.candidates;
+        gamma[row] = plan_gamma_row(controller, signals + row * controller.features, row_acceptance);
+        if (!std::all_of(row_acceptance, row_acceptance + controller.candidates, [](float a) { return std::isfinite(a); })) {
+            refuse(op, "row ", row, ": predicted acceptance is not finite");
+        }
+    }
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> plan_gamma(
+    const Tensor& signals, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& gammas,
+    const Tensor& seconds) {
+    check_plan_gamma("plan_gamma", signals, w1, b1, w2, b2, gammas, seconds);
+    const ControllerTensors tensors = as_contiguous(w1, b1, w2, b2, gammas, seconds);
+    const Controller controller = tensors.controller();
+    const Tensor rows_of_signals = as_contiguous(signals);
+    const int64_t rows = signals.size(0);
+    Tensor gamma = empty_int64<1>({rows});
+    Tensor acceptance = empty_float32<2>({rows, controller.candidates});
+    plan_gamma_rows(
+        "plan_gamma", controller, data<float>(rows_of_signals), rows, mutable_data<int64_t>(gamma),
+        mutable_data<float>(acceptance));
+    return {gamma, acceptance};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(speckv, CPU, m) {
+    m.impl("plan_gamma", TORCH_BOX(&plan_gamma));
+}
+
+}  // namespace speckv

@@ -1,0 +1,117 @@
+#include "rows.h"
+
+#include <cmath>
+
+namespace speckv {
+
+int64_t find_maximum(const Row& row, int64_t start, float maximum) {
+    float buffer[kBlockSize];
+    const Block block = load_block(row, start, buffer);
+    return start + find_first(block.values, block.size, maximum);
+}
+
+Argmax argmax(const Row& row) {
+    float buffer[kBlockSize];
+    float maximum = -kInfinity;
+    int64_t best_start = 0;
+    for (int64_t start = 0; start < row.size; start += kBlockSize) {
+        const Block block = load_block(row, start, buffer);
+        if (has_nan(block.values, block.size)) {
+            return {false, -1};
+        }
+        if (block.maximum > maximum) {
+            maximum = block.maximum;
+            best_start = start;
+        }
+    }
+    if (!std::isfinite(maximum)) {
+        return {false, -1};
+    }
+    return {true, find_maximum(row, best_start, maximum)};
+}
+
+Distribution distribution(const Row& row, float scale, std::vector<double>& masses) {
+    thread_local std::vector<float> shifts;
+    const int64_t blocks = block_count(row.size);
+    masses.resize(blocks);
+    shifts.resize(blocks);
+    float buffer[kBlockSize];
+    float shift = -kInfinity;
+    for (int64_t i = 0; i < blocks; ++i) {
+        const Block block = load_block(row, i * kBlockSize, buffer);
+        shift = std::max(shift, block.maximum);
+        shifts[i] = shift;
+        if (block.maximum > -kInfinity) {
+            masses[i] = exp_sum(block.values, block.size, shift, scale);
+        } else if (has_nan(block.values, block.size)) {
+            return {};
+        } else {
+            masses[i] = 0.0;
+        }
+    }
+    if (!std::isfinite(shift)) {
+        return {};
+    }
+    const double total = rescale_masses(masses, shifts, shift, scale);
+    return {std::isfinite(total), {shift, scale, static_cast<float>(1.0 / total)}, total};
+}
+
+double rescale_masses(std::vector<double>& masses, const std::vector<float>& shifts, float shift, float scale) {
+    double total = 0.0;
+    double factor = 1.0;
+    float factor_shift = shift;
+    for (size_t i = 0; i < masses.size(); ++i) {
+        if (shifts[i] != factor_shift) {
+            factor_shift = shifts[i];
+            factor = std::exp(static_cast<double>(factor_shift - shift) * scale);
+        }
+        masses[i] *= factor;
+        total += masses[i];
+    }
+    return total;
+}
+
+float probability_at(const Row& row, const Softmax& softmax, int64_t token) {
+    return std::exp((logit_at(row, token) - softmax.shift) * softmax.scale) * softmax.inverse;
+}
+
+int64_t search_block(const float* weights, int64_t size, double threshold) {
+    // Whole groups are skipped by their sum, so that only one group is added up element by element.
+    constexpr int64_t kGroupSize = 64;
+    double sum = 0.0;
+    int64_t last = -1;
+    for (int64_t start = 0; start < size; start += kGroupSize) {
+        const int64_t end = std::min(start + kGroupSize, size);
+        const double after = sum + sum_double(weights + start, end - start);
+        if (after > sum) {
+            last = start;
+        }
+        if (after <= threshold) {
+            sum = after;
+            continue;
+        }
+        for (int64_t i = start; i < end; ++i) {
+            sum += weights[i];
+            if (weights[i] > 0 && sum > threshold) {
+                return i;
+            }
+        }
+    }
+    if (last < 0) {
+        return -1;
+    }
+    int64_t index = std::min(last + kGroupSize, size) - 1;
+    while (weights[index] <= 0) {
+        --index;
+    }
+    return index;
+}
+
+int64_t sample(const Row& row, const Softmax& softmax, const std::vector<double>& masses, double total, float uniform) {
+    return sample_inverse_cdf(masses, total, uniform, row.size, [&](int64_t start, float* weights) {
+        const Block block = load_block(row, start, weights);
+        exp_weights(block.values, block.size, softmax.shift, softmax.scale, weights);
+    });
+}
+
+}  // namespace speckv

@@ -1,0 +1,121 @@
+// A row of logits: reading it block by block, its softmax in one pass, and the inverse CDF over its blocks.
+
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "simd.h"
+
+namespace speckv {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+enum class Dtype { kFloat32, kFloat16, kBFloat16 };
+
+struct Row {
+    const void* logits;  // [size], unit stride
+    Dtype dtype;
+    int64_t size;
+};
+
+struct Block {
+    const float* values;
+    int64_t size;
+    float maximum;  // NaN ignored
+};
+
+// buffer holds kBlockSize floats; fp32 rows are read in place and leave it untouched.
+inline Block load_block(const Row& row, int64_t start, float* buffer) {
+    const int64_t size = std::min(kBlockSize, row.size - start);
+    if (row.dtype == Dtype::kFloat32) {
+        const float* values = static_cast<const float*>(row.logits) + start;
+        return {values, size, largest(values, size)};
+    }
+    const uint16_t* halves = static_cast<const uint16_t*>(row.logits) + start;
+    const auto load = row.dtype == Dtype::kBFloat16 ? load_bfloat16 : load_float16;
+    const float maximum = load(halves, size, buffer);
+    return {buffer, size, maximum};
+}
+
+inline float logit_at(const Row& row, int64_t index) {
+    float value;
+    const Row one{static_cast<const std::byte*>(row.logits) + index * (row.dtype == Dtype::kFloat32 ? 4 : 2), row.dtype, 1};
+    return *load_block(one, 0, &value).values;
+}
+
+inline int64_t block_count(int64_t vocabulary) {
+    return (vocabulary + kBlockSize - 1) / kBlockSize;
+}
+
+// 1 / temperature, kept normal so that neither 0 * inf nor -inf * 0 can appear in (x - shift) * scale.
+inline float scale_of(float temperature) {
+    return std::clamp(
+        1.0f / temperature, std::numeric_limits<float>::min(), std::numeric_limits<float>::max());
+}
+
+struct Argmax {
+    bool is_valid;
+    int64_t token;
+};
+Argmax argmax(const Row& row);
+
+// The index of the first element equal to the row's maximum, which lies in the block that starts at `start`.
+int64_t find_maximum(const Row& row, int64_t start, float maximum);
+
+struct Distribution {
+    bool is_valid;  // false where a logit is NaN or +inf, or all are -inf
+    Softmax softmax;
+    double total;  // of the masses
+};
+// softmax(row * scale) in one pass. masses[block_count] receives the sum of exp((x - shift) * scale) over each block.
+Distribution distribution(const Row& row, float scale, std::vector<double>& masses);
+
+// Brings the sums of blocks, each taken against the maximum known when it was read (shifts), to the row's maximum.
+// Returns their total.
+double rescale_masses(std::vector<double>& masses, const std::vector<float>& shifts, float shift, float scale);
+
+float probability_at(const Row& row, const Softmax& softmax, int64_t token);
+
+// The first element whose running sum exceeds uniform * total, where masses are the sums of the blocks and
+// fill(start, out) writes the weights of one block. An element of weight 0 is never returned: rounding may make a block's
+// mass disagree with the sum of its weights, so the search goes on to the next weight, or back to the last one.
+template <class Fill>
+int64_t sample_inverse_cdf(const std::vector<double>& masses, double total, float uniform, int64_t vocabulary, Fill fill);
+
+// Index of the first weight > 0 whose running sum exceeds threshold; else the last weight > 0; else -1.
+int64_t search_block(const float* weights, int64_t size, double threshold);
+
+template <class Fill>
+int64_t sample_inverse_cdf(const std::vector<double>& masses, double total, float uniform, int64_t vocabulary, Fill fill) {
+    const auto blocks = static_cast<int64_t>(masses.size());
+    double threshold = uniform * total;
+    int64_t chosen = 0;
+    while (chosen + 1 < blocks && masses[chosen] <= threshold) {
+        threshold -= masses[chosen++];
+    }
+    float weights[kBlockSize];
+    const auto search = [&](int64_t block, double above) {
+        const int64_t start = block * kBlockSize;
+        const int64_t size = std::min(kBlockSize, vocabulary - start);
+        fill(start, weights);
+        const int64_t found = search_block(weights, size, above);
+        return found < 0 ? found : start + found;
+    };
+    int64_t token = search(chosen, threshold);
+    for (int64_t block = chosen + 1; token < 0 && block < blocks; ++block) {
+        token = search(block, 0.0);
+    }
+    for (int64_t block = chosen - 1; token < 0 && block >= 0; --block) {
+        token = search(block, kInfinity);
+    }
+    return token;
+}
+
+// Draws from softmax(row * scale).
+int64_t sample(const Row& row, const Softmax& softmax, const std::vector<double>& masses, double total, float uniform);
+
+}  // namespace speckv

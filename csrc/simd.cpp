@@ -1,0 +1,179 @@
+#include "simd.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+// GCC builds each loop three times and the dynamic linker picks one for the machine; that takes glibc's ifunc. Elsewhere
+// there is one build, for the compiler's baseline, which on ARM includes NEON.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define SPECKV_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SPECKV_CLONES
+#endif
+
+#define SPECKV_INLINE inline __attribute__((always_inline))
+
+namespace speckv {
+namespace {
+
+constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
+constexpr float kSmallestExponent = -87.0f;  // exp(-87) is 1.6e-38, still a normal number
+
+SPECKV_INLINE float from_bits(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+SPECKV_INLINE uint32_t to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return bits;
+}
+
+SPECKV_INLINE float float_from_bfloat16(uint16_t half) {
+    return from_bits(static_cast<uint32_t>(half) << 16);
+}
+
+// Bit arithmetic because a compiler's own conversion does not vectorise on every target. Exponent and mantissa move to
+// their places in fp32, a product corrects the bias (and normalises subnormals), and inf and NaN get fp32's exponent.
+SPECKV_INLINE float float_from_float16(uint16_t half) {
+    const uint32_t magnitude = (static_cast<uint32_t>(half) & 0x7fffu) << 13;
+    const uint32_t sign = (static_cast<uint32_t>(half) & 0x8000u) << 16;
+    const float finite = from_bits(magnitude) * 0x1p112f;
+    const uint32_t exponent = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+    return from_bits(to_bits(finite) | exponent | sign);
+}
+
+// exp(x) for -87 <= x <= 0, within 2 ulp; exp(0) is exactly 1. x = n ln2 + r with |r| <= ln2/2: the sum with kRound leaves
+// n + 127 in the low bits, 2^n is those bits moved to the exponent, and e^r is a polynomial fitted to relative error
+// 9.2e-8. One product is enough for r because float(ln2) is within 2e-9 of ln2.
+SPECKV_INLINE float exp_in_range(float x) {
+    constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23 and the exponent's bias
+    const float rounded = x * 1.44269504f + kRound;
+    const float n = rounded - kRound;
+    const float r = x - n * 0.693147181f;
+    float e = 0.008290272206068039f;
+    e = e * r + 0.04189816117286682f;
+    e = e * r + 0.1666763871908188f;
+    e = e * r + 0.4999914765357971f;
+    e = e * r + 0.9999997019767761f;
+    e = e * r + 1.0f;
+    return e * from_bits(to_bits(rounded) << 23);
+}
+
+// The comparison is written so that a NaN stays one.
+SPECKV_INLINE float raise_to_range(float x) {
+    return kSmallestExponent > x ? kSmallestExponent : x;
+}
+
+SPECKV_INLINE float exp_or_zero(float x) {
+    return x < kSmallestExponent ? 0.0f : exp_in_range(x);
+}
+
+}  // namespace
+
+SPECKV_CLONES float load_bfloat16(const uint16_t* src, int64_t size, float* dst) {
+    float maximum = kNegativeInfinity;
+#pragma omp simd reduction(max : maximum)
+    for (int64_t i = 0; i < size; ++i) {
+        const float value = float_from_bfloat16(src[i]);
+        dst[i] = value;
+        maximum = value > maximum ? value : maximum;
+    }
+    return maximum;
+}
+
+SPECKV_CLONES float load_float16(const uint16_t* src, int64_t size, float* dst) {
+    float maximum = kNegativeInfinity;
+#pragma omp simd reduction(max : maximum)
+    for (int64_t i = 0; i < size; ++i) {
+        const float value = float_from_float16(src[i]);
+        dst[i] = value;
+        maximum = value > maximum ? value : maximum;
+    }
+    return maximum;
+}
+
+SPECKV_CLONES float largest(const float* values, int64_t size) {
+    float maximum = kNegativeInfinity;
+#pragma omp simd reduction(max : maximum)
+    for (int64_t i = 0; i < size; ++i) {
+        maximum = values[i] > maximum ? values[i] : maximum;
+    }
+    return maximum;
+}
+
+SPECKV_CLONES bool has_nan(const float* values, int64_t size) {
+    int32_t found = 0;
+#pragma omp simd reduction(| : found)
+    for (int64_t i = 0; i < size; ++i) {
+        found |= (to_bits(values[i]) & 0x7fffffffu) > 0x7f800000u;
+    }
+    return found != 0;
+}
+
+SPECKV_CLONES int64_t find_first(const float* values, int64_t size, float value) {
+    int32_t first = std::numeric_limits<int32_t>::max();
+#pragma omp simd reduction(min : first)
+    for (int32_t i = 0; i < static_cast<int32_t>(size); ++i) {
+        const int32_t candidate = values[i] == value ? i : std::numeric_limits<int32_t>::max();
+        first = candidate < first ? candidate : first;
+    }
+    return first < size ? first : size;
+}
+
+SPECKV_CLONES ExpSums exp_sums(const float* values, int64_t size, float shift) {
+    float sum = 0.0f;
+    float weighted = 0.0f;
+#pragma omp simd reduction(+ : sum, weighted)
+    for (int64_t i = 0; i < size; ++i) {
+        const float x = raise_to_range(values[i] - shift);
+        const float e = exp_in_range(x);
+        sum += e;
+        weighted += x * e;
+    }
+    return {sum, weighted};
+}
+
+SPECKV_CLONES float exp_sum(const float* values, int64_t size, float shift, float scale) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < size; ++i) {
+        sum += exp_in_range(raise_to_range((values[i] - shift) * scale));
+    }
+    return sum;
+}
+
+SPECKV_CLONES void exp_weights(const float* values, int64_t size, float shift, float scale, float* out) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+        out[i] = exp_or_zero((values[i] - shift) * scale);
+    }
+}
+
+SPECKV_CLONES float residual_weights(
+    const float* p_values, const float* q_values, int64_t size, Softmax p, Softmax q, float* out) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < size; ++i) {
+        const float p_i = exp_or_zero((p_values[i] - p.shift) * p.scale) * p.inverse;
+        const float q_i = exp_or_zero((q_values[i] - q.shift) * q.scale) * q.inverse;
+        const float residual = p_i > q_i ? p_i - q_i : 0.0f;
+        out[i] = residual;
+        sum += residual;
+    }
+    return sum;
+}
+
+SPECKV_CLONES double sum_double(const float* values, int64_t size) {
+    double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < size; ++i) {
+        sum += values[i];
+    }
+    return sum;
+}
+
+}  // namespace speckv

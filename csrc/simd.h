@@ -1,0 +1,48 @@
+// The loops over one block of a vocabulary row, the only code here that is written for vector units.
+//
+// Every loop reads fp32 that a load has brought into L1, so that its order of summation does not depend on the dtype of
+// the logits: equal logits give equal sums, and a residual p - q of equal distributions is exactly zero.
+
+#pragma once
+
+#include <cstdint>
+
+namespace speckv {
+
+// 4 KiB of fp32: two such buffers stay in L1, and the block that the inverse CDF reads again is a small part of a row.
+constexpr int64_t kBlockSize = 1024;
+
+// dst[i] = float(src[i]); returns the largest value, NaN ignored, -inf where there is none.
+float load_bfloat16(const uint16_t* src, int64_t size, float* dst);
+float load_float16(const uint16_t* src, int64_t size, float* dst);
+float largest(const float* values, int64_t size);
+
+bool has_nan(const float* values, int64_t size);
+// Index of the first element equal to value, or size.
+int64_t find_first(const float* values, int64_t size, float value);
+
+// The sums below take shift >= every value, finite or +inf, and carry a NaN among the values into the result. A term
+// below exp(-87) counts as exp(-87), which is nothing beside the term of the row's maximum, exp(0).
+
+struct ExpSums {
+    float sum;       // of e = exp(x - shift)
+    float weighted;  // of (x - shift) * e
+};
+ExpSums exp_sums(const float* values, int64_t size, float shift);
+float exp_sum(const float* values, int64_t size, float shift, float scale);  // of exp((x - shift) * scale)
+
+// softmax(x / temperature) of a row, without its elements.
+struct Softmax {
+    float shift;    // the row's largest logit
+    float scale;    // 1 / temperature
+    float inverse;  // 1 / sum of exp((x - shift) * scale)
+};
+// out[i] = exp((x - shift) * scale), exactly 0 where that is below exp(-87), a normal number elsewhere.
+void exp_weights(const float* values, int64_t size, float shift, float scale, float* out);
+// out[i] = max(0, p(i) - q(i)); returns their sum.
+float residual_weights(const float* p_values, const float* q_values, int64_t size, Softmax p, Softmax q, float* out);
+
+// The sum in fp64.
+double sum_double(const float* values, int64_t size);
+
+}  // namespace speckv
