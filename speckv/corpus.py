@@ -1,0 +1,199 @@
+"""Training text written by the target itself, kept on disk in shards together with the target's hidden states.
+
+A drafter is asked to continue the target's own answers, so those are what it should learn from: the target writes
+the question (sampled), then answers it (greedily or sampled), in its own chat format. Every row
+of a batch advances one token at a time in step with the others; what the chat format dictates is forced rather than
+sampled, so no row is ever padded. The hidden states that come for free are stored too: they stand for the target's
+full distribution at every position.
+"""
+
+import json
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from speckv.errors import ModelError
+from speckv.files import atomic_file, sha256, write_json
+from speckv.kernels import draft_sample
+
+ROLE_FORCED, ROLE_QUESTION, ROLE_ANSWER = 0, 1, 2
+QUESTION_TEMPERATURE, ANSWER_TEMPERATURE = 0.9, 0.8
+GREEDY_SHARE = 0.6
+MAX_QUESTION_TOKENS = 80
+
+# How a question may begin. A small instruct model left to itself hardly ever asks for code or sums; every other row
+# starts freely all the same.
+OPENERS = (
+    "", "Write a Python function that", "", "Write a function to", "", "Solve this problem:", "", "How many",
+    "", "Summarize the following text:\n", "", "Explain", "", "Give me a summary of this article:\n", "", "Compute",
+    "", "Fix the bug in this code:\n```python\n", "", "What is", "", "Write a short story about", "", "If a",
+    "", "Complete this function:\ndef ", "", "Based on the following passage, answer the question.\n",
+    "", "Write an email", "", "A store sells",
+)
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """How much text, in what pieces. Shard i depends only on these and on i, so a shard can be made again alone."""
+    tokens: int = 400_000
+    rows: int = 128
+    length: int = 384
+    seed: int = 0
+
+    @property
+    def num_shards(self) -> int:
+        return max(1, round(self.tokens / (self.rows * self.length)))
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """The token ids the chat template puts before a question, between question and answer, and after an answer."""
+    before_question: list
+    before_answer: list
+    after_answer: list
+    end_of_turn: frozenset
+
+
+def chat_format(target, tokenizer) -> ChatFormat:
+    """Read the format off the tokenizer's template; a base model without one writes plain text from its first token."""
+    eos = target.generation_config.eos_token_id
+    end_of_turn = frozenset([eos] if isinstance(eos, int) else eos or ())
+    if not tokenizer.chat_template:
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if start is None:
+            raise ModelError("the tokenizer has neither a chat template nor a first token to write from")
+        return ChatFormat([start], [], [start], end_of_turn)
+    question, answer, next_question = "@@question@@", "@@answer@@", "@@next@@"
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer},
+         {"role": "user", "content": next_question}], tokenize=False)
+    opened = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+    before_question, before_answer = opened.split(question)
+    after_answer = text.split(answer)[1].split(next_question)[0]
+
+    def encode(piece):
+        return tokenizer(piece, add_special_tokens=False).input_ids
+    return ChatFormat(encode(before_question), encode(before_answer), encode(after_answer), end_of_turn)
+
+
+class _Row:
+    """One row's place in the conversation: what is forced next, whose turn it is, how long it has lasted."""
+
+    def __init__(self, chat, opener, answer_temperature):
+        self.chat = chat
+        self.answer_temperature = answer_temperature
+        self.forced = deque(opener)
+        self.role = ROLE_QUESTION if chat.before_answer else ROLE_ANSWER
+        self.spoken = len(opener)
+
+    @property
+    def temperature(self):
+        return QUESTION_TEMPERATURE if self.role == ROLE_QUESTION else self.answer_temperature
+
+    def take(self, sampled):
+        """The row's next token, given what the model would say, and the role it is stored under."""
+        if self.forced:
+            return self.forced.popleft(), ROLE_FORCED
+        role = self.role
+        self.spoken += 1
+        if sampled in self.chat.end_of_turn or (role == ROLE_QUESTION and self.spoken >= MAX_QUESTION_TOKENS):
+            bridge = self.chat.before_answer if role == ROLE_QUESTION else self.chat.after_answer
+            self.forced.extend(bridge[1:] if bridge[:1] == [sampled] else bridge)
+            if self.chat.before_answer:
+                self.role = ROLE_ANSWER if role == ROLE_QUESTION else ROLE_QUESTION
+            self.spoken = 0
+        return sampled, role
+
+
+def _rows(chat, tokenizer, settings, generator):
+    """The rows of a shard at their start: how each question begins, and whether its answers are greedy or sampled."""
+    openers = torch.randint(len(OPENERS), (settings.rows,), generator=generator).tolist()
+    greedy = (torch.rand(settings.rows, generator=generator) < GREEDY_SHARE).tolist()
+    encoded = [tokenizer(text, add_special_tokens=False).input_ids if text and chat.before_answer else []
+               for text in OPENERS]
+    return [_Row(chat, encoded[opener], 0.0 if is_greedy else ANSWER_TEMPERATURE)
+            for opener, is_greedy in zip(openers, greedy, strict=True)]
+
+
+@torch.no_grad()
+def write_shard(target, tokenizer, settings: CorpusSettings, index: int, on_step=None):
+    """Have the target write one shard: tokens [rows, length] i32, roles [rows, length] u8, hidden [rows, length, H].
+
+    hidden[:, i] is what the target's output head turns into its prediction of token i + 1.
+    """
+    chat = chat_format(target, tokenizer)
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
+    rows = _rows(chat, tokenizer, settings, generator)
+
+    tokens = torch.empty(settings.rows, settings.length, dtype=torch.int64)
+    roles = torch.zeros(settings.rows, settings.length, dtype=torch.uint8)
+    start = len(chat.before_question)
+    tokens[:, :start] = torch.tensor(chat.before_question)
+    device = target.device
+    hidden, cache, fed = None, None, 0
+    for length in range(start, settings.length + 1):
+        output = target(tokens[:, fed:length].to(device), past_key_values=cache, use_cache=True,
+                        output_hidden_states=True, logits_to_keep=1)
+        cache, last_hidden = output.past_key_values, output.hidden_states[-1]
+        if hidden is None:
+            hidden = torch.empty(settings.rows, settings.length, last_hidden.shape[-1], dtype=torch.bfloat16)
+        hidden[:, fed:length] = last_hidden
+        fed = length
+        if length == settings.length:
+            break
+        temperature = torch.tensor([row.temperature for row in rows])
+        uniform = torch.rand(settings.rows, generator=generator)
+        sampled, *_ = draft_sample(output.logits[:, -1], temperature.to(device), uniform.to(device))
+        for number, (row, token) in enumerate(zip(rows, sampled.tolist(), strict=True)):
+            tokens[number, length], roles[number, length] = row.take(token)
+        if on_step is not None:
+            on_step(settings.rows)
+    return {"tokens": tokens.int(), "roles": roles, "hidden": hidden}
+
+
+class Corpus:
+    """The shards in a folder. A manifest names each finished shard with its hash; anything else is made again."""
+
+    def __init__(self, folder: Path, settings: CorpusSettings, target_name: str):
+        self.folder = Path(folder)
+        self.settings = settings
+        self.target_name = target_name
+        self._manifest_file = self.folder / "corpus.json"
+        self._identity = {"target": target_name, "rows": settings.rows, "length": settings.length,
+                          "seed": settings.seed}
+        self._hashes = {}
+        if self._manifest_file.exists():
+            manifest = json.loads(self._manifest_file.read_text())
+            if manifest["identity"] != self._identity:
+                raise ModelError(f"{self.folder} holds text for {manifest['identity']}, not {self._identity}: "
+                                 "choose another folder, or delete it")
+            self._hashes = manifest["shards"]
+
+    def file(self, index: int) -> Path:
+        return self.folder / f"shard-{index:05d}.safetensors"
+
+    def missing(self) -> list:
+        """Numbers of the shards that are not there, or not as they were written."""
+        return [index for index in range(self.settings.num_shards) if not self._is_intact(index)]
+
+    def _is_intact(self, index):
+        file = self.file(index)
+        digest = self._hashes.get(file.name)
+        return digest is not None and file.exists() and sha256(file) == digest
+
+    def add(self, index: int, tensors: dict) -> None:
+        with atomic_file(self.file(index)) as temporary:
+            save_file(tensors, temporary)
+            digest = sha256(temporary)
+        self._hashes[self.file(index).name] = digest
+        write_json(self._manifest_file, {"identity": self._identity, "shards": dict(sorted(self._hashes.items()))})
+
+    def read(self, index: int, *names) -> list:
+        """The named tensors of a shard, memory-mapped."""
+        with safe_open(self.file(index), "pt") as shard:
+            return [shard.get_tensor(name) for name in names]

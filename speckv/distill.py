@@ -1,0 +1,277 @@
+"""Train a drafter for a given target on text the target wrote itself.
+
+The drafter is the target's first layers (speckv/pruned.py) trained on the target's full distribution at every position
+of its answers. Both halves can be interrupted at any moment: text is kept in finished shards, training in checkpoints,
+and what a step trains on depends only on its number.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from speckv import pruned
+from speckv.corpus import ROLE_ANSWER, Corpus, CorpusSettings, write_shard
+from speckv.errors import InputError, ModelError
+from speckv.files import atomic_file
+
+HELD_OUT_ROWS = 32  # the first rows of shard 0; never trained on
+MATCH_GAMMA = 4
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """What to train and on how much. Everything but checkpoint_seconds is part of a run's identity."""
+
+    num_layers: int = 2
+    corpus: CorpusSettings = field(default_factory=CorpusSettings)
+    epochs: float = 10.0
+    batch_rows: int = 8
+    loss_positions: int = 256
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    evaluate_every: int = 100
+    checkpoint_seconds: float = 120.0
+
+    def __post_init__(self):
+        if self.epochs <= 0 or self.batch_rows < 1 or self.corpus.tokens < 1:
+            raise InputError("tokens, epochs and batch_rows must be positive")
+
+    @property
+    def num_steps(self) -> int:
+        trained_rows = self.corpus.num_shards * self.corpus.rows - HELD_OUT_ROWS
+        return max(1, round(self.epochs * trained_rows / self.batch_rows))
+
+    @property
+    def identity(self) -> dict:
+        return {key: value for key, value in asdict(self).items() if key != "checkpoint_seconds"}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is told to on_progress: stage is "text" or "training", done and total count tokens."""
+
+    stage: str
+    done: int
+    total: int
+    held_out: dict | None = None
+    loss: float | None = None
+
+
+def distill(target, tokenizer, folder, work_folder, settings: DistillSettings, target_name: str = "",
+            on_progress: Callable[[Progress], None] = lambda progress: None) -> dict:
+    """Write the text, train, and leave the best drafter so far in `folder`; returns its held-out figures.
+
+    target is dense (bf16 or fp32); work_folder keeps text and checkpoints, and a run started again on it goes on where
+    it stopped. Raises ModelError for a target that cannot be pruned, and where work_folder belongs to another run.
+    """
+    first = pruned.first_layers(target, settings.num_layers)
+    _check_head(target)
+    target.requires_grad_(False)
+    corpus = Corpus(Path(work_folder), settings.corpus, target_name)
+    write_text(target, tokenizer, corpus, on_progress)
+    return train(target, corpus, first, Path(folder), settings, on_progress)
+
+
+def write_text(target, tokenizer, corpus: Corpus, on_progress) -> None:
+    """Make the shards that are missing."""
+    settings = corpus.settings
+    shard_tokens = settings.rows * settings.length
+    missing = corpus.missing()
+    written = (settings.num_shards - len(missing)) * shard_tokens
+    for index in missing:
+        def on_step(tokens):
+            nonlocal written
+            written += tokens
+            on_progress(Progress("text", written, settings.num_shards * shard_tokens))
+        finished = written + shard_tokens
+        corpus.add(index, write_shard(target, tokenizer, settings, index, on_step))
+        written = finished
+
+
+def head_logits(model, hidden):
+    """The model's logits from its last hidden states, soft cap included (Gemma 2)."""
+    logits = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+@torch.no_grad()
+def _check_head(target):
+    """Refuse a model that does something else between its hidden states and its logits."""
+    ids = torch.arange(4, device=target.device).unsqueeze(0)
+    output = target(ids, output_hidden_states=True)
+    if not torch.allclose(head_logits(target, output.hidden_states[-1]), output.logits, rtol=1e-2, atol=1e-2):
+        raise ModelError(f"{type(target).__name__} computes its logits in a way that 'speckv distill' does not know")
+
+
+class _Sampler:
+    """Which rows step n trains on: each epoch is a shuffle of all rows but the held-out ones."""
+
+    def __init__(self, corpus, settings):
+        self._corpus = corpus
+        rows = corpus.settings.num_shards * corpus.settings.rows
+        self._rows = range(HELD_OUT_ROWS, rows)
+        self._batch = settings.batch_rows
+        self._seed = corpus.settings.seed
+        self._small = [corpus.read(index, "tokens", "roles") for index in range(corpus.settings.num_shards)]
+        self._hidden = [safe_open(corpus.file(index), "pt").get_slice("hidden")
+                        for index in range(corpus.settings.num_shards)]
+
+    def batch(self, step):
+        """tokens [rows, length], roles [rows, length], hidden [rows, length, H] of a step."""
+        first = step * self._batch
+        return self.gather([self._row(first + i) for i in range(self._batch)])
+
+    def _row(self, position):
+        epoch, place = divmod(position, len(self._rows))
+        order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(self._seed + epoch))
+        return self._rows[order[place]]
+
+    def gather(self, rows):
+        places = [divmod(row, self._corpus.settings.rows) for row in rows]
+        tokens = torch.stack([self._small[shard][0][row] for shard, row in places]).long()
+        roles = torch.stack([self._small[shard][1][row] for shard, row in places])
+        hidden = torch.stack([self._hidden[shard][row] for shard, row in places])
+        return tokens, roles, hidden
+
+
+def train(target, corpus: Corpus, first: dict, folder: Path, settings: DistillSettings, on_progress) -> dict:
+    """Train from `first` (name -> tensor); checkpoints in the corpus folder, the best drafter so far in `folder`."""
+    device = target.device
+    drafter = pruned.prune(target, settings.num_layers)
+    pruned.fill(drafter, first, torch.float32, device)
+    own = {key: parameter for key, parameter in drafter.base_model.named_parameters()
+           if key in pruned.own_state(drafter)}
+    for parameter in own.values():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(own.values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    checkpoint = corpus.folder / f"checkpoint-{settings.num_layers}-layers.safetensors"
+    step, best = _restore(checkpoint, own, optimizer, settings)
+    sampler = _Sampler(corpus, settings)
+    step_tokens = settings.batch_rows * corpus.settings.length
+    saved, loss = time.monotonic(), None
+    try:
+        while step < settings.num_steps:
+            for group in optimizer.param_groups:
+                group["lr"] = _learning_rate(step, settings)
+            loss = _train_step(target, drafter, optimizer, sampler.batch(step), step, settings)
+            step += 1
+            if step % settings.evaluate_every == 0 or step == settings.num_steps:
+                held_out = evaluate(target, drafter, sampler)
+                if held_out["match"] > best.get("match", -1.0):
+                    best = held_out
+                    pruned.save(folder, own, settings.num_layers, _card(target, corpus, step, settings, held_out))
+            on_progress(Progress("training", step * step_tokens, settings.num_steps * step_tokens, best, loss))
+            if time.monotonic() - saved > settings.checkpoint_seconds:
+                _save(checkpoint, own, optimizer, step, best, settings)
+                saved = time.monotonic()
+    finally:
+        # Also on Ctrl-C: a step is either whole in the checkpoint or not in it at all.
+        _save(checkpoint, own, optimizer, step, best, settings)
+    return best
+
+
+def _train_step(target, drafter, optimizer, batch, step, settings):
+    """One update: cross-entropy against the target's full distribution at some positions of its answers."""
+    tokens, roles, hidden = batch
+    device = target.device
+    # Position i predicts token i + 1, so what counts is whether that one was the target's own.
+    answers = (roles[:, 1:] == ROLE_ANSWER).flatten().nonzero().flatten()
+    generator = torch.Generator().manual_seed(settings.corpus.seed * 7_919 + step)
+    chosen = answers[torch.randperm(len(answers), generator=generator)[:settings.loss_positions]]
+    with torch.autocast(device.type, torch.bfloat16):
+        output = drafter.base_model(tokens[:, :-1].to(device), use_cache=False).last_hidden_state
+        logits = head_logits(drafter, output.flatten(0, 1)[chosen.to(device)])
+        with torch.no_grad():
+            teacher = head_logits(target, hidden[:, :-1].flatten(0, 1)[chosen].to(device)).float().softmax(-1)
+    loss = F.cross_entropy(logits.float(), teacher)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+def _learning_rate(step, settings):
+    """Linear warm-up, then linear decay to a twentieth."""
+    warm = min(1.0, (step + 1) / settings.warmup_steps)
+    return settings.learning_rate * warm * (1 - 0.95 * step / settings.num_steps)
+
+
+@torch.no_grad()
+def evaluate(target, drafter, sampler) -> dict:
+    """Held-out figures, in the target's own answers.
+
+    match: share of positions where the drafter's first choice is the target's. accepted: mean number of draft tokens
+    a greedy target would accept at gamma 4, counted where its text is its own first choice four tokens on.
+    """
+    matches, chains = [], []
+    for first in range(0, HELD_OUT_ROWS, 8):
+        tokens, roles, hidden = sampler.gather(range(first, first + 8))
+        with torch.autocast(target.device.type, torch.bfloat16):
+            output = drafter.base_model(tokens.to(target.device), use_cache=False).last_hidden_state
+        for row in range(len(tokens)):
+            positions = (roles[row, 1:] == ROLE_ANSWER).nonzero().flatten()
+            head_dtype = target.get_output_embeddings().weight.dtype
+            choice = head_logits(target, hidden[row, positions].to(target.device)).argmax(-1).cpu()
+            drafted = head_logits(drafter, output[row, positions.to(output.device)].to(head_dtype)).argmax(-1).cpu()
+            match = drafted == choice
+            greedy = choice == tokens[row, positions + 1]
+            matches.append(match)
+            windows = (match & greedy).unfold(0, MATCH_GAMMA, 1) if len(match) >= MATCH_GAMMA else match[:0]
+            follows = greedy.unfold(0, MATCH_GAMMA, 1).all(-1) if len(match) >= MATCH_GAMMA else match[:0]
+            chains.append(windows[follows].long().cumprod(-1).sum(-1))
+    match, accepted = torch.cat(matches).float(), torch.cat(chains).float()
+    return {"match": match.mean().item(), "accepted_at_4": accepted.mean().item() if len(accepted) else 0.0}
+
+
+def _card(target, corpus, step, settings, held_out):
+    """What the drafter's card tells: for which target, from what, how good."""
+    return {"target": {"name": corpus.target_name, "class": type(target).__name__,
+                       "hidden_size": target.config.get_text_config().hidden_size,
+                       "vocabulary": target.config.get_text_config().vocab_size},
+            "trained": {"steps": step, "tokens_of_text": settings.corpus.num_shards * settings.corpus.rows
+                        * settings.corpus.length, "settings": settings.identity},
+            "held_out": held_out}
+
+
+def _save(file, own, optimizer, step, best, settings):
+    tensors = {}
+    for key, parameter in own.items():
+        tensors[key] = parameter.detach()
+        state = optimizer.state.get(parameter, {})
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in state:
+                tensors[f"{name}/{key}"] = state[name]
+    with atomic_file(file) as temporary:
+        save_file(tensors, temporary, metadata={
+            "step": str(step), "best": json.dumps(best), "settings": json.dumps(settings.identity)})
+
+
+def _restore(file, own, optimizer, settings):
+    """Put parameters and optimizer back as they were; returns the step reached and the best figures so far."""
+    if not file.exists():
+        return 0, {}
+    with safe_open(file, "pt") as stored:
+        metadata = stored.metadata()
+        if json.loads(metadata["settings"]) != settings.identity:
+            raise ModelError(f"{file} belongs to a run with other settings: delete it to start anew, "
+                             "or choose another work folder")
+        step = int(metadata["step"])
+        names = set(stored.keys())
+        with torch.no_grad():
+            for key, parameter in own.items():
+                parameter.copy_(stored.get_tensor(key))
+                if f"exp_avg/{key}" in names:
+                    optimizer.state[parameter] = {
+                        "step": torch.tensor(float(step)),
+                        "exp_avg": stored.get_tensor(f"exp_avg/{key}").to(parameter.device),
+                        "exp_avg_sq": stored.get_tensor(f"exp_avg_sq/{key}").to(parameter.device)}
+    return step, json.loads(metadata["best"])

