@@ -4,8 +4,10 @@ Backends agree on a token wherever the uniform is more than BOUNDARY away from t
 nearer than that, fp32 may decide either way.
 """
 
+import math
+
 import torch
-from helpers_ops import TOLERANCE, call, call_reference
+from helpers_ops import BACKEND, TOLERANCE, call, call_reference
 
 BOUNDARY = 1e-6
 RARELY = 0.02  # share of rows that may lie near a boundary: with more, a test would compare too little
@@ -24,13 +26,15 @@ def draw64(weights, uniform):
 
 
 def draft_sample64(logits, temperature, uniform):
-    """Tokens of a batch and their distance to the nearest boundary."""
-    tokens, distances = [], []
+    """Token, its distance to the nearest boundary, its probability, entropy and confidence, each [B]."""
+    rows = []
     for row, t, u in zip(logits, temperature.tolist(), uniform.tolist(), strict=True):
-        token, distance = draw64(softmax64(row, t), u) if t else (int(row.double().argmax()), 1.0)
-        tokens.append(token)
-        distances.append(distance)
-    return torch.tensor(tokens), torch.tensor(distances)
+        p, q = softmax64(row, 1.0), softmax64(row, t)
+        token, distance = draw64(q, u) if t else (int(row.double().argmax()), 1.0)
+        entropy = -torch.special.xlogy(p, p).sum() / math.log(2)
+        rows.append((token, distance, float(q[token]) if t else 1.0, float(entropy), float(p.max())))
+    token, *numbers = zip(*rows, strict=True)
+    return torch.tensor(token), *map(torch.tensor, numbers)
 
 
 def verify_chain64(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform):
@@ -70,27 +74,28 @@ def verify_chain64(target_logits, draft_logits, draft_tokens, num_draft, tempera
     return tokens, accepted, distances
 
 
-def assert_close(actual, expected, dtype):
-    torch.testing.assert_close(actual, expected, **TOLERANCE[dtype])
+def assert_close(actual, expected, dtype, what=""):
+    torch.testing.assert_close(actual, expected, **TOLERANCE[dtype], msg=lambda text: f"{what}: {text}")
 
 
 def assert_draft_sample_agrees(values, outputs=None):
     """The serving backend against the reference, and both against fp64, on draft_sample's four outputs."""
-    logits, temperature, uniform = values["logits"], values["temperature"], values["uniform"]
+    logits = values["logits"]
     outputs = call("draft_sample", values) if outputs is None else outputs
-    token, prob, entropy, confidence = outputs
-    expected = call_reference("draft_sample", values)
     assert [out.dtype for out in outputs] == [torch.int64, *[torch.float32] * 3]
     assert all(out.shape == logits.shape[:1] for out in outputs)
 
-    token64, distance = draft_sample64(logits, temperature, uniform)
+    token64, distance, *numbers64 = draft_sample64(logits, values["temperature"], values["uniform"])
     certain = distance > BOUNDARY
     assert (~certain).float().mean() <= RARELY
-    assert torch.equal(token[certain], expected[0][certain])
-    assert torch.equal(token[certain], token64[certain])
-    assert_close(prob[certain], expected[1][certain], logits.dtype)
-    assert_close(entropy, expected[2], logits.dtype)
-    assert_close(confidence, expected[3], logits.dtype)
+    expected = call_reference("draft_sample", values)
+    for backend, (token, *numbers) in ((BACKEND, outputs), ("reference", expected)):
+        assert torch.equal(token[certain], token64[certain]), f"tokens of {backend}"
+        drawn = certain | (token == token64)
+        for name, number, number64 in zip(("prob", "entropy", "confidence"), numbers, numbers64, strict=True):
+            assert_close(number[drawn], number64[drawn], logits.dtype, f"{name} of {backend} against fp64")
+    for name, number, reference in zip(("prob", "entropy", "confidence"), outputs[1:], expected[1:], strict=True):
+        assert_close(number[certain], reference[certain], logits.dtype, f"{name} of {BACKEND} against the reference")
 
 
 def assert_chain_is_well_formed(values, tokens, accepted):
@@ -113,13 +118,11 @@ def assert_verify_chain_agrees(values):
     """The serving backend against the reference, and both against fp64; returns what the backend gave."""
     tokens, accepted = call("verify_chain", values)
     assert_chain_is_well_formed(values, tokens, accepted)
-    expected_tokens, expected_accepted = call_reference("verify_chain", values)
+    expected = call_reference("verify_chain", values)
     tokens64, accepted64, distance = verify_chain64(**values)
     certain = distance > BOUNDARY
-    if certain.numel():
-        assert (~certain).float().mean() <= RARELY
-    assert torch.equal(accepted[certain], expected_accepted[certain])
-    assert torch.equal(tokens[certain], expected_tokens[certain])
-    assert torch.equal(accepted[certain], accepted64[certain])
-    assert torch.equal(tokens[certain], tokens64[certain])
+    assert (~certain).float().mean() <= RARELY
+    for backend, (some_tokens, some_accepted) in ((BACKEND, (tokens, accepted)), ("reference", expected)):
+        assert torch.equal(some_accepted[certain], accepted64[certain]), f"accepted of {backend} against fp64"
+        assert torch.equal(some_tokens[certain], tokens64[certain]), f"tokens of {backend} against fp64"
     return tokens, accepted

@@ -5,20 +5,20 @@ import math
 import pytest
 import torch
 from helpers_ops import (
-    DTYPE_IDS,
-    DTYPES,
-    INTERPRETED,
+    BACKEND,
     LARGEST_UNIFORM,
     assert_refused,
     call,
-    named,
+    each_dtype,
+    each_shape,
     poisoned,
     random_logits,
     random_uniform,
+    skip_in_the_interpreter,
+    skip_repeated_large_shapes,
     temperatures,
 )
-from oracle_ops import assert_close, assert_draft_sample_agrees, softmax64
-
+from oracle_ops import assert_draft_sample_agrees
 from speckv.kernels import draft_sample
 
 INF = float("inf")
@@ -34,21 +34,22 @@ def one_row(logits, temperature, uniform, dtype=torch.float32):
     return [output.item() for output in outputs]
 
 
-@named("shape dtype rows")
-def test_agrees_with_the_reference_on_poisoned_views(shape, dtype, rows):
+@each_shape
+@each_dtype
+def test_agrees_with_the_reference_on_poisoned_views(shape, dtype):
+    skip_repeated_large_shapes(shape, dtype)
     batch, gamma, vocabulary = shape
     count = batch * gamma
     assert_draft_sample_agrees({
         "logits": poisoned(random_logits(count, vocabulary, dtype=dtype, seed=vocabulary)),
-        "temperature": poisoned(temperatures(rows, count)),
+        "temperature": poisoned(temperatures("mixed", count)),
         "uniform": poisoned(random_uniform(count, seed=vocabulary)),
     })
 
 
 @pytest.mark.parametrize("batch", [1, 99, 989])
 def test_agrees_with_the_reference_in_batches_of(batch):
-    if INTERPRETED and batch > 99:
-        pytest.skip("989 rows take too long in the Triton interpreter")
+    skip_in_the_interpreter(batch > 99, "989 rows")
     assert_draft_sample_agrees(draft_values(
         random_logits(batch, 100, seed=batch), temperatures("mixed", batch), random_uniform(batch, seed=batch)))
 
@@ -68,7 +69,7 @@ def test_a_uniform_on_a_boundary_belongs_to_the_next_token():
     assert [one_row([0.0] * 4, 1.0, uniform)[0] for uniform in (0.0, 0.25, 0.5, 0.75)] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@each_dtype
 def test_greedy_takes_the_lowest_index_of_a_tie_with_probability_one(dtype):
     for vocabulary, first in ((2, 0), (100, 37), (8193, 0), (8193, 4095), (8193, 8191), (10000, 4096)):
         logits = torch.full((1, vocabulary), -1.0, dtype=dtype)
@@ -121,16 +122,7 @@ def test_entropy_is_in_bits_and_zero_where_one_token_has_everything():
     for vocabulary in (2, 8, 4096):
         *_, entropy, confidence = one_row([3.5] * vocabulary, 0.7, 0.5)
         assert (entropy, confidence) == pytest.approx((math.log2(vocabulary), 1 / vocabulary), rel=1e-6)
-    assert one_row([-INF, 2.0, -INF], 0.7, 0.5) == [1, 1.0, 0.0, 1.0]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-def test_entropy_and_confidence_agree_with_fp64(dtype):
-    logits = random_logits(4, 8193, dtype=dtype, seed=3)
-    *_, entropy, confidence = draft_sample(logits, torch.ones(4), torch.full((4,), 0.5))
-    p = torch.stack([softmax64(row, 1.0) for row in logits])
-    assert_close(entropy, (-torch.special.xlogy(p, p).sum(-1) / math.log(2)).float(), dtype)
-    assert_close(confidence, p.amax(-1).float(), dtype)
+    assert one_row([-INF, 2.0, -INF], 0.7, 0.5) == pytest.approx([1, 1.0, 0.0, 1.0])
 
 
 def test_probability_keeps_its_relative_precision_when_small():
@@ -149,7 +141,7 @@ def test_logits_that_are_all_but_zero_are_uniform(logits):
 
 
 def test_mixed_magnitudes_up_to_the_whole_range_of_fp32():
-    assert one_row([-3e38, 1e-40, 3e38, 5.0], 1.0, 0.5) == [2, 1.0, 0.0, 1.0]
+    assert one_row([-3e38, 1e-40, 3e38, 5.0], 1.0, 0.5) == pytest.approx([2, 1.0, 0.0, 1.0])
     assert one_row([-3e38, 3e38, 3e38], 2.0, 0.7) == pytest.approx([2, 0.5, 1.0, 0.5], rel=1e-6)
     assert one_row([-60000.0, 65504.0, 65504.0], 0.5, 0.2, torch.float16) == pytest.approx([1, 0.5, 1.0, 0.5], rel=1e-6)
 
@@ -190,7 +182,7 @@ REFUSED_LOGITS = {"nan": ([0.0, float("nan"), 1.0], "a logit is NaN"), "inf": ([
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@each_dtype
 @pytest.mark.parametrize("bad", REFUSED_LOGITS)
 def test_bad_logits_in_one_row_are_refused_by_name(bad, dtype, temperature):
     values, reason = REFUSED_LOGITS[bad]
@@ -204,11 +196,11 @@ def test_bad_logits_in_one_row_are_refused_by_name(bad, dtype, temperature):
 
 
 def test_of_two_bad_rows_the_first_is_named():
-    logits = random_logits(99, 100)
-    logits[7, 3], logits[90, 1] = INF, float("nan")
-    good = draft_values(random_logits(99, 100), [1.0] * 99, [0.5] * 99)
-    if INTERPRETED:
-        assert (call("draft_sample", {**good, "logits": logits})[0] == -1).nonzero().flatten().tolist() == [7, 90]
+    logits = random_logits(20, 100)
+    logits[7, 3], logits[18, 1] = INF, float("nan")
+    good = draft_values(random_logits(20, 100), [1.0] * 20, [0.5] * 20)
+    if BACKEND == "triton":
+        assert (call("draft_sample", {**good, "logits": logits})[0] == -1).nonzero().flatten().tolist() == [7, 18]
     else:
         assert_refused("draft_sample", good, {"logits": logits}, 7, "draft_sample: row 7: a logit is +inf")
 

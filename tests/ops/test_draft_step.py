@@ -3,22 +3,23 @@
 import pytest
 import torch
 from helpers_ops import (
-    INTERPRETED,
     arguments,
     assert_refused,
     call,
     call_reference,
-    named,
+    each_dtype,
+    each_shape,
     poisoned,
     random_controller,
     random_logits,
     random_signals,
     random_uniform,
     same_bits,
+    skip_in_the_interpreter,
+    skip_repeated_large_shapes,
     temperatures,
 )
 from oracle_ops import BOUNDARY, assert_close, assert_draft_sample_agrees
-
 from speckv.kernels import draft_sample, draft_step
 
 NAN = float("nan")
@@ -63,17 +64,19 @@ def assert_agrees(values):
     return outputs
 
 
-@named("shape dtype rows")
-def test_agrees_with_the_reference_on_poisoned_views(shape, dtype, rows):
+@each_shape
+@each_dtype
+def test_agrees_with_the_reference_on_poisoned_views(shape, dtype):
+    skip_repeated_large_shapes(shape, dtype)
     batch, _, vocabulary = shape
-    values = forget_first_signals(step_values(batch, vocabulary, dtype, rows, features=7, seed=vocabulary))
+    # Two rows more than the batch, so that there are greedy and sampled ones, new drafts and old.
+    values = forget_first_signals(step_values(batch + 2, vocabulary, dtype, "mixed", features=7, seed=vocabulary))
     assert_agrees({name: poisoned(tensor) for name, tensor in values.items()})
 
 
 @pytest.mark.parametrize("batch", [99, 989])
 def test_agrees_with_the_reference_in_batches_of(batch):
-    if INTERPRETED and batch > 99:
-        pytest.skip("989 rows take too long in the Triton interpreter")
+    skip_in_the_interpreter(True, f"{batch} rows")
     assert_agrees(forget_first_signals(step_values(batch, 100, seed=batch)))
 
 

@@ -4,16 +4,15 @@ import pytest
 import torch
 from helpers_ops import (
     BACKEND,
-    INTERPRETED,
     assert_refused,
     call,
     call_reference,
     poisoned,
     random_controller,
     random_signals,
+    skip_in_the_interpreter,
 )
 from oracle_ops import BOUNDARY, RARELY, assert_close
-
 from speckv.kernels import plan_gamma
 
 GAMMAS = torch.tensor([2, 4, 6, 8])
@@ -58,8 +57,7 @@ def hand_controller(per_signal, per_gamma=0.0, bias=0.0):
     (1, 5, 1, 1), (3, 5, 16, 4), (2, 7, 33, 17), (99, 5, 16, 9), (989, 12, 64, 5),
 ], ids=lambda size: str(size))
 def test_agrees_with_the_reference_on_poisoned_views(rows, features, hidden, candidates):
-    if INTERPRETED and rows > 99:
-        pytest.skip("989 rows take too long in the Triton interpreter")
+    skip_in_the_interpreter(rows > 99, "989 rows")
     gammas = torch.arange(candidates)
     values = plan_values(rows, features, hidden, gammas, seconds=0.02 + 0.0037 * gammas, seed=rows)
     assert_agrees({name: poisoned(tensor) for name, tensor in values.items()})
