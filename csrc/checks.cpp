@@ -3,40 +3,40 @@
 #include <cmath>
 
 #include "simd.h"
+#include "tensors.h"
 
 namespace speckv {
 
-using torch::headeronly::ScalarType;
-
 void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected) {
-    const auto dimensions = static_cast<int64_t>(expected.size());
-    if (tensor.dim() != dimensions) {
-        refuse(op, name, " must have ", dimensions, " dimensions, got ", tensor.dim());
+    const auto sizes = tensor.sizes();
+    if (sizes.size() != expected.size()) {
+        refuse(op, name, " must have ", expected.size(), " dimensions, got ", sizes.size());
     }
-    int64_t axis = 0;
+    size_t axis = 0;
     for (const int64_t size : expected) {
-        if (size != kAnySize && tensor.size(axis) != size) {
-            refuse(op, name, " must have size ", size, " in dimension ", axis, ", got ", tensor.size(axis));
+        if (size != kAnySize && sizes[axis] != size) {
+            refuse(op, name, " must have size ", size, " in dimension ", axis, ", got ", sizes[axis]);
         }
         ++axis;
     }
 }
 
 void check_float32(const char* op, const char* name, const Tensor& tensor) {
-    if (tensor.scalar_type() != ScalarType::Float) {
+    if (dtype_of(tensor) != aoti_torch_dtype_float32()) {
         refuse(op, name, " must be float32");
     }
 }
 
 void check_int64(const char* op, const char* name, const Tensor& tensor) {
-    if (tensor.scalar_type() != ScalarType::Long) {
+    if (dtype_of(tensor) != aoti_torch_dtype_int64()) {
         refuse(op, name, " must be int64");
     }
 }
 
 void check_logits(const char* op, const char* name, const Tensor& logits) {
-    const ScalarType type = logits.scalar_type();
-    if (type != ScalarType::Float && type != ScalarType::Half && type != ScalarType::BFloat16) {
+    const int32_t dtype = dtype_of(logits);
+    if (dtype != aoti_torch_dtype_float32() && dtype != aoti_torch_dtype_float16() &&
+        dtype != aoti_torch_dtype_bfloat16()) {
         refuse(op, name, " must be float32, float16 or bfloat16");
     }
     const int64_t last = logits.dim() - 1;
@@ -63,14 +63,14 @@ void check_sampling_values(
 }
 
 const char* reason(const Row& row) {
-    float buffer[kBlockSize];
+    BlockBuffer buffer;
     bool positive_infinity = false;
     for (int64_t start = 0; start < row.size; start += kBlockSize) {
-        const Block block = load_block(row, start, buffer);
+        const Block block = load_block(row, start, buffer.values);
         if (has_nan(block.values, block.size)) {
             return "a logit is NaN";
         }
-        positive_infinity = positive_infinity || block.maximum == kInfinity;
+        positive_infinity = positive_infinity || largest(block.values, block.size) == kInfinity;
     }
     return positive_infinity ? "a logit is +inf" : "every logit is -inf";
 }

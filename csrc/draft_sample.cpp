@@ -38,16 +38,17 @@ DraftSample draft_sample_row(const Row& row, float temperature, float uniform) {
     const bool is_greedy = temperature == 0;
     const float scale = is_greedy ? 1.0f : scale_of(temperature);
     RunningSums sums;
-    float buffer[kBlockSize];
+    BlockBuffer buffer;
     for (int64_t i = 0; i < blocks; ++i) {
         const int64_t start = i * kBlockSize;
-        const Block block = load_block(row, start, buffer);
-        if (block.maximum > sums.maximum) {
-            sums.raise_maximum(block.maximum, start);
+        const Block block = load_block(row, start, buffer.values);
+        const float maximum = largest(block.values, block.size);
+        if (maximum > sums.maximum) {
+            sums.raise_maximum(maximum, start);
         }
         shifts[i] = sums.maximum;
         masses[i] = 0.0;
-        if (block.maximum == -kInfinity) {
+        if (maximum == -kInfinity) {
             if (has_nan(block.values, block.size)) {
                 return {};
             }

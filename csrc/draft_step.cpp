@@ -33,9 +33,9 @@ void update_signals(float* signals, int64_t drafted, float entropy, float confid
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> draft_step(
-    const Tensor& logits, const Tensor& temperature, const Tensor& uniform, const Tensor& signals, const Tensor& drafted,
-    const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& gammas,
-    const Tensor& seconds) {
+    const Tensor& logits, const Tensor& temperature, const Tensor& uniform, const Tensor& signals,
+    const Tensor& drafted, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+    const Tensor& gammas, const Tensor& seconds) {
     const char* op = "draft_step";
     check_draft_sample(op, logits, temperature, uniform);
     check_plan_gamma(op, signals, w1, b1, w2, b2, gammas, seconds);

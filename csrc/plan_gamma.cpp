@@ -83,7 +83,10 @@ Controller ControllerTensors::controller() const {
 ControllerTensors as_contiguous(
     const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& gammas,
     const Tensor& seconds) {
-    return {as_contiguous(w1), as_contiguous(b1), as_contiguous(w2), as_contiguous(b2), as_contiguous(gammas), as_contiguous(seconds)};
+    return {
+        as_contiguous(w1), as_contiguous(b1),     as_contiguous(w2),
+        as_contiguous(b2), as_contiguous(gammas), as_contiguous(seconds),
+    };
 }
 
 void plan_gamma_rows(
@@ -97,7 +100,8 @@ void plan_gamma_rows(
     for (int64_t row = 0; row < rows; ++row) {
         float* row_acceptance = acceptance + row * controller.candidates;
         gamma[row] = plan_gamma_row(controller, signals + row * controller.features, row_acceptance);
-        if (!std::all_of(row_acceptance, row_acceptance + controller.candidates, [](float a) { return std::isfinite(a); })) {
+        const auto is_finite = [](float value) { return std::isfinite(value); };
+        if (!std::all_of(row_acceptance, row_acceptance + controller.candidates, is_finite)) {
             refuse(op, "row ", row, ": predicted acceptance is not finite");
         }
     }

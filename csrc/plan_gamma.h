@@ -10,19 +10,19 @@ namespace speckv {
 
 // The paper's MLP and the candidates it is asked about; all arrays contiguous.
 struct Controller {
-    const float* w1;         // [features + 1, hidden]; the last input is gamma
-    const float* b1;         // [hidden]
-    const float* w2;         // [hidden]
-    const float* b2;         // [1]
-    const int64_t* gammas;   // [candidates]
-    const float* seconds;    // [candidates]
+    const float* w1;        // [features + 1, hidden]; the last input is gamma
+    const float* b1;        // [hidden]
+    const float* w2;        // [hidden]
+    const float* b2;        // [1]
+    const int64_t* gammas;  // [candidates]
+    const float* seconds;   // [candidates]
     int64_t features;
     int64_t hidden;
     int64_t candidates;
 };
 
-// acceptance [candidates] receives the MLP's outputs. Returns the candidate with the most tokens per second, the first of
-// equals; has no meaning where an acceptance is not finite.
+// acceptance [candidates] receives the MLP's outputs. Returns the candidate with the most tokens per second, the first
+// of equals; has no meaning where an acceptance is not finite.
 int64_t plan_gamma_row(const Controller& controller, const float* signals, float* acceptance);
 
 void check_plan_gamma(
@@ -36,10 +36,12 @@ struct ControllerTensors {
     Controller controller() const;
 };
 ControllerTensors as_contiguous(
-    const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& gammas, const Tensor& seconds);
+    const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& gammas,
+    const Tensor& seconds);
 
 // Validates values, then fills gamma [rows] and acceptance [rows, candidates]; raises naming the first bad row.
 void plan_gamma_rows(
-    const char* op, const Controller& controller, const float* signals, int64_t rows, int64_t* gamma, float* acceptance);
+    const char* op, const Controller& controller, const float* signals, int64_t rows, int64_t* gamma,
+    float* acceptance);
 
 }  // namespace speckv

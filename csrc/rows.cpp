@@ -5,22 +5,23 @@
 namespace speckv {
 
 int64_t find_maximum(const Row& row, int64_t start, float maximum) {
-    float buffer[kBlockSize];
-    const Block block = load_block(row, start, buffer);
+    BlockBuffer buffer;
+    const Block block = load_block(row, start, buffer.values);
     return start + find_first(block.values, block.size, maximum);
 }
 
 Argmax argmax(const Row& row) {
-    float buffer[kBlockSize];
+    BlockBuffer buffer;
     float maximum = -kInfinity;
     int64_t best_start = 0;
     for (int64_t start = 0; start < row.size; start += kBlockSize) {
-        const Block block = load_block(row, start, buffer);
+        const Block block = load_block(row, start, buffer.values);
         if (has_nan(block.values, block.size)) {
             return {false, -1};
         }
-        if (block.maximum > maximum) {
-            maximum = block.maximum;
+        const float block_maximum = largest(block.values, block.size);
+        if (block_maximum > maximum) {
+            maximum = block_maximum;
             best_start = start;
         }
     }
@@ -35,13 +36,14 @@ Distribution distribution(const Row& row, float scale, std::vector<double>& mass
     const int64_t blocks = block_count(row.size);
     masses.resize(blocks);
     shifts.resize(blocks);
-    float buffer[kBlockSize];
+    BlockBuffer buffer;
     float shift = -kInfinity;
     for (int64_t i = 0; i < blocks; ++i) {
-        const Block block = load_block(row, i * kBlockSize, buffer);
-        shift = std::max(shift, block.maximum);
+        const Block block = load_block(row, i * kBlockSize, buffer.values);
+        const float maximum = largest(block.values, block.size);
+        shift = std::max(shift, maximum);
         shifts[i] = shift;
-        if (block.maximum > -kInfinity) {
+        if (maximum > -kInfinity) {
             masses[i] = exp_sum(block.values, block.size, shift, scale);
         } else if (has_nan(block.values, block.size)) {
             return {};

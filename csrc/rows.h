@@ -25,7 +25,6 @@ struct Row {
 struct Block {
     const float* values;
     int64_t size;
-    float maximum;  // NaN ignored
 };
 
 // buffer holds kBlockSize floats; fp32 rows are read in place and leave it untouched.
@@ -33,17 +32,18 @@ inline Block load_block(const Row& row, int64_t start, float* buffer) {
     const int64_t size = std::min(kBlockSize, row.size - start);
     if (row.dtype == Dtype::kFloat32) {
         const float* values = static_cast<const float*>(row.logits) + start;
-        return {values, size, largest(values, size)};
+        return {values, size};
     }
     const uint16_t* halves = static_cast<const uint16_t*>(row.logits) + start;
     const auto load = row.dtype == Dtype::kBFloat16 ? load_bfloat16 : load_float16;
-    const float maximum = load(halves, size, buffer);
-    return {buffer, size, maximum};
+    load(halves, size, buffer);
+    return {buffer, size};
 }
 
 inline float logit_at(const Row& row, int64_t index) {
     float value;
-    const Row one{static_cast<const std::byte*>(row.logits) + index * (row.dtype == Dtype::kFloat32 ? 4 : 2), row.dtype, 1};
+    const int64_t element_bytes = row.dtype == Dtype::kFloat32 ? 4 : 2;
+    const Row one{static_cast<const std::byte*>(row.logits) + index * element_bytes, row.dtype, 1};
     return *load_block(one, 0, &value).values;
 }
 
@@ -80,29 +80,27 @@ double rescale_masses(std::vector<double>& masses, const std::vector<float>& shi
 
 float probability_at(const Row& row, const Softmax& softmax, int64_t token);
 
-// The first element whose running sum exceeds uniform * total, where masses are the sums of the blocks and
-// fill(start, out) writes the weights of one block. An element of weight 0 is never returned: rounding may make a block's
-// mass disagree with the sum of its weights, so the search goes on to the next weight, or back to the last one.
-template <class Fill>
-int64_t sample_inverse_cdf(const std::vector<double>& masses, double total, float uniform, int64_t vocabulary, Fill fill);
-
 // Index of the first weight > 0 whose running sum exceeds threshold; else the last weight > 0; else -1.
 int64_t search_block(const float* weights, int64_t size, double threshold);
 
+// The first element whose running sum exceeds uniform * total, where masses are the sums of the blocks and
+// fill(start, out) writes the weights of one block. An element of weight 0 is never returned: rounding may make a
+// block's mass disagree with the sum of its weights, so the search goes on to the next weight, or back to the last one.
 template <class Fill>
-int64_t sample_inverse_cdf(const std::vector<double>& masses, double total, float uniform, int64_t vocabulary, Fill fill) {
+int64_t sample_inverse_cdf(
+    const std::vector<double>& masses, double total, float uniform, int64_t vocabulary, const Fill& fill) {
     const auto blocks = static_cast<int64_t>(masses.size());
     double threshold = uniform * total;
     int64_t chosen = 0;
     while (chosen + 1 < blocks && masses[chosen] <= threshold) {
         threshold -= masses[chosen++];
     }
-    float weights[kBlockSize];
+    BlockBuffer weights;
     const auto search = [&](int64_t block, double above) {
         const int64_t start = block * kBlockSize;
         const int64_t size = std::min(kBlockSize, vocabulary - start);
-        fill(start, weights);
-        const int64_t found = search_block(weights, size, above);
+        fill(start, weights.values);
+        const int64_t found = search_block(weights.values, size, above);
         return found < 0 ? found : start + found;
     };
     int64_t token = search(chosen, threshold);

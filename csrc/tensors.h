@@ -21,6 +21,13 @@ inline Tensor as_contiguous(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+// libtorch's own number of the dtype: Tensor::scalar_type() asks it for one dtype after another until one matches.
+inline int32_t dtype_of(const Tensor& tensor) {
+    int32_t dtype;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+    return dtype;
+}
+
 template <class T>
 const T* data(const Tensor& tensor) {
     return static_cast<const T*>(tensor.const_data_ptr());
@@ -31,8 +38,8 @@ T* mutable_data(const Tensor& tensor) {
     return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// An uninitialised contiguous CPU tensor. Going through the dispatcher, as torch::stable::empty does, costs a look-up by
-// name for each output, more than plan_gamma's arithmetic.
+// An uninitialised contiguous CPU tensor. Going through the dispatcher, as torch::stable::empty does, costs a look-up
+// by name for each output, more than plan_gamma's arithmetic.
 template <size_t N>
 Tensor empty(const std::array<int64_t, N>& sizes, int32_t dtype) {
     std::array<int64_t, N> strides;
@@ -70,12 +77,11 @@ struct Logits {
 };
 
 inline Logits as_logits(const Tensor& tensor) {
-    using torch::headeronly::ScalarType;
-    const ScalarType type = tensor.scalar_type();
-    const Dtype dtype = type == ScalarType::Float  ? Dtype::kFloat32
-                        : type == ScalarType::Half ? Dtype::kFloat16
-                                                   : Dtype::kBFloat16;
-    const int64_t element_bytes = type == ScalarType::Float ? 4 : 2;
+    const int32_t number = dtype_of(tensor);
+    const Dtype dtype = number == aoti_torch_dtype_float32()   ? Dtype::kFloat32
+                        : number == aoti_torch_dtype_float16() ? Dtype::kFloat16
+                                                               : Dtype::kBFloat16;
+    const int64_t element_bytes = dtype == Dtype::kFloat32 ? 4 : 2;
     const int64_t last = tensor.dim() - 1;
     return {
         data<std::byte>(tensor),
@@ -85,8 +91,8 @@ inline Logits as_logits(const Tensor& tensor) {
     };
 }
 
-// Calls compute(row) for each row: in this thread for a single row, otherwise one thread a row, in chunks that are worth
-// waking a thread for. A row is always computed by one thread, so results do not depend on how many there are.
+// Calls compute(row) for each row: in this thread for a single row, otherwise one thread a row, in chunks that are
+// worth waking a thread for. A row is always computed by one thread, so results do not depend on how many there are.
 template <class Compute>
 void for_each_row(int64_t rows, int64_t elements_per_row, const Compute& compute) {
     constexpr int64_t kElementsPerThread = 32768;

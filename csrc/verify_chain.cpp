@@ -34,17 +34,17 @@ int64_t sample_residual(
     const Softmax& q, float uniform) {
     thread_local std::vector<double> masses;
     masses.resize(p_masses.size());
-    float p_buffer[kBlockSize];
-    float q_buffer[kBlockSize];
+    BlockBuffer p_buffer;
+    BlockBuffer q_buffer;
     const auto residual = [&](int64_t start, float* weights) {
-        const Block p_block = load_block(target, start, p_buffer);
-        const Block q_block = load_block(draft, start, q_buffer);
+        const Block p_block = load_block(target, start, p_buffer.values);
+        const Block q_block = load_block(draft, start, q_buffer.values);
         return residual_weights(p_block.values, q_block.values, p_block.size, p, q, weights);
     };
-    float weights[kBlockSize];
+    BlockBuffer weights;
     double total = 0.0;
     for (size_t i = 0; i < masses.size(); ++i) {
-        masses[i] = residual(static_cast<int64_t>(i) * kBlockSize, weights);
+        masses[i] = residual(static_cast<int64_t>(i) * kBlockSize, weights.values);
         total += masses[i];
     }
     if (total > 0) {
