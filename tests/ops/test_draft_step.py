@@ -152,14 +152,21 @@ def test_bad_logits_in_one_row_are_refused_by_name(value, reason):
     assert_refused("draft_step", good, {"logits": logits}, 1, f"draft_step: row 1: {reason}")
 
 
-@pytest.mark.parametrize("changes, row, words", [
-    ({"temperature": torch.tensor([1.0, -1.0, 1.0])}, 1, "row 1: temperature must be finite and >= 0"),
-    ({"uniform": torch.tensor([0.5, 0.5, 1.0])}, 2, "row 2: uniform must be in [0, 1)"),
-    ({"drafted": torch.tensor([0, -1, 2])}, 1, "row 1: drafted must be >= 0"),
-    ({"seconds": torch.tensor([1.0] * 6 + [0.0])}, None, "seconds must be finite and > 0"),
-], ids=["temperature", "uniform", "drafted", "seconds"])
-def test_bad_values_are_refused_by_name(changes, row, words):
-    assert_refused("draft_step", step_values(3, 100), changes, row, f"draft_step: {words}")
+@pytest.mark.parametrize("name, row, value, words", [
+    ("temperature", 1, -1.0, "temperature must be finite and >= 0"),
+    ("uniform", 2, 1.0, "uniform must be in [0, 1)"),
+    ("drafted", 1, -1, "drafted must be >= 0"),
+], ids=["temperature", "uniform", "drafted"])
+def test_bad_values_in_one_row_are_refused_by_name(name, row, value, words):
+    good = step_values(3, 100)
+    changed = good[name].clone()
+    changed[row] = value
+    assert_refused("draft_step", good, {name: changed}, row, f"draft_step: row {row}: {words}")
+
+
+def test_seconds_that_are_not_positive_are_refused():
+    assert_refused("draft_step", step_values(3, 100), {"seconds": torch.tensor([1.0] * 6 + [0.0])}, None,
+                   "draft_step: seconds must be finite and > 0")
 
 
 @pytest.mark.parametrize("column", [0, 1, 2, 3, 4])
