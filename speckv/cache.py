@@ -39,6 +39,8 @@ class CachedModel:
 
     def rollback(self, length: int) -> None:
         """Forget all but the first `length` tokens; harmless where fewer are cached."""
+        if self.length == 0:
+            return
         # Also with nothing to remove: it lets a sliding window return to its size.
         self._cache.crop(-max(0, self.length - length))
         self.length = min(self.length, length)

@@ -23,6 +23,7 @@ from speckv.files import atomic_file
 
 HELD_OUT_ROWS = 32  # the first rows of shard 0; never trained on
 MATCH_GAMMA = 4
+OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def write_text(target, tokenizer, corpus: Corpus, on_progress) -> None:
 
 def head_logits(model, hidden):
     """The model's logits from its last hidden states, soft cap included (Gemma 2)."""
-    logits = model.get_output_embeddings()(hidden)
+    head = model.get_output_embeddings()
+    logits = head(hidden.to(head.weight.dtype))
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return torch.tanh(logits / cap) * cap if cap else logits
 
@@ -186,6 +188,8 @@ def _train_step(target, drafter, optimizer, batch, step, settings):
     answers = (roles[:, 1:] == ROLE_ANSWER).flatten().nonzero().flatten()
     generator = torch.Generator().manual_seed(settings.corpus.seed * 7_919 + step)
     chosen = answers[torch.randperm(len(answers), generator=generator)[:settings.loss_positions]]
+    if len(chosen) == 0:  # short rows may hold questions only
+        return None
     with torch.autocast(device.type, torch.bfloat16):
         output = drafter.base_model(tokens[:, :-1].to(device), use_cache=False).last_hidden_state
         logits = head_logits(drafter, output.flatten(0, 1)[chosen.to(device)])
@@ -219,17 +223,17 @@ def evaluate(target, drafter, sampler) -> dict:
             output = drafter.base_model(tokens.to(target.device), use_cache=False).last_hidden_state
         for row in range(len(tokens)):
             positions = (roles[row, 1:] == ROLE_ANSWER).nonzero().flatten()
-            head_dtype = target.get_output_embeddings().weight.dtype
             choice = head_logits(target, hidden[row, positions].to(target.device)).argmax(-1).cpu()
-            drafted = head_logits(drafter, output[row, positions.to(output.device)].to(head_dtype)).argmax(-1).cpu()
+            drafted = head_logits(drafter, output[row, positions.to(output.device)]).argmax(-1).cpu()
             match = drafted == choice
             greedy = choice == tokens[row, positions + 1]
             matches.append(match)
-            windows = (match & greedy).unfold(0, MATCH_GAMMA, 1) if len(match) >= MATCH_GAMMA else match[:0]
-            follows = greedy.unfold(0, MATCH_GAMMA, 1).all(-1) if len(match) >= MATCH_GAMMA else match[:0]
-            chains.append(windows[follows].long().cumprod(-1).sum(-1))
-    match, accepted = torch.cat(matches).float(), torch.cat(chains).float()
-    return {"match": match.mean().item(), "accepted_at_4": accepted.mean().item() if len(accepted) else 0.0}
+            if len(match) >= MATCH_GAMMA:
+                follows = greedy.unfold(0, MATCH_GAMMA, 1).all(-1)
+                chains.append(match.unfold(0, MATCH_GAMMA, 1)[follows].long().cumprod(-1).sum(-1))
+    match, accepted = (torch.cat(pieces).float() if pieces else torch.zeros(0) for pieces in (matches, chains))
+    return {"match": match.mean().item() if len(match) else 0.0,
+            "accepted_at_4": accepted.mean().item() if len(accepted) else 0.0}
 
 
 def _card(target, corpus, step, settings, held_out):
@@ -247,7 +251,7 @@ def _save(file, own, optimizer, step, best, settings):
     for key, parameter in own.items():
         tensors[key] = parameter.detach()
         state = optimizer.state.get(parameter, {})
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in OPTIMIZER_STATE:
             if name in state:
                 tensors[f"{name}/{key}"] = state[name]
     with atomic_file(file) as temporary:
@@ -259,7 +263,8 @@ def _restore(file, own, optimizer, settings):
     """Put parameters and optimizer back as they were; returns the step reached and the best figures so far."""
     if not file.exists():
         return 0, {}
-    with safe_open(file, "pt") as stored:
+    device = next(iter(own.values())).device
+    with safe_open(file, "pt", device=str(device)) as stored:
         metadata = stored.metadata()
         if json.loads(metadata["settings"]) != settings.identity:
             raise ModelError(f"{file} belongs to a run with other settings: delete it to start anew, "
@@ -270,8 +275,5 @@ def _restore(file, own, optimizer, settings):
             for key, parameter in own.items():
                 parameter.copy_(stored.get_tensor(key))
                 if f"exp_avg/{key}" in names:
-                    optimizer.state[parameter] = {
-                        "step": torch.tensor(float(step)),
-                        "exp_avg": stored.get_tensor(f"exp_avg/{key}").to(parameter.device),
-                        "exp_avg_sq": stored.get_tensor(f"exp_avg_sq/{key}").to(parameter.device)}
+                    optimizer.state[parameter] = {name: stored.get_tensor(f"{name}/{key}") for name in OPTIMIZER_STATE}
     return step, json.loads(metadata["best"])

@@ -1,0 +1,29 @@
+"""The loop gives the same tokens on whichever backend serves as on the reference.
+
+Run in a process of its own with TRITON_INTERPRET=1 SPECKV_BACKEND=triton, this proves the Triton kernels in the loop.
+"""
+
+import pytest
+import torch
+from tiny_models import noisy_copy, prompt_ids, tiny_model
+
+import speckv
+from speckv import decode
+from speckv.kernels import reference
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("policy", ["off", "fixed:1", "fixed:3"])
+def test_the_loop_gives_the_same_tokens_as_on_the_reference(policy, temperature, monkeypatch):
+    target = tiny_model()
+    drafter = noisy_copy(target)
+
+    def run():
+        return speckv.generate(target, drafter, prompt_ids(), max_new_tokens=24, policy=policy,
+                               temperature=temperature, seed=3)
+    served = run()
+    monkeypatch.setattr(decode, "draft_sample", reference.draft_sample)
+    monkeypatch.setattr(decode, "verify_chain", reference.verify_chain)
+    expected = run()
+    assert torch.equal(served.sequences, expected.sequences)
+    assert [step.accepted for step in served.steps] == [step.accepted for step in expected.steps]

@@ -1,0 +1,87 @@
+"""Sampled output has the target's distribution: every text of a tiny vocabulary, its exact probability, a chi-square."""
+
+import itertools
+
+import pytest
+import torch
+from scipy import stats
+from tiny_models import tiny_model
+
+import speckv
+from speckv import decode
+from speckv.kernels import reference
+
+VOCABULARY, NEW_TOKENS, SAMPLES = 4, 3, 1500
+PROMPT = torch.tensor([[1, 2, 3]])
+TEMPERATURE = 0.7
+
+
+@pytest.fixture(scope="module")
+def pair():
+    small = {"vocab_size": VOCABULARY, "num_hidden_layers": 1}
+    return tiny_model(seed=2, **small), tiny_model(seed=11, **small)
+
+
+@torch.inference_mode()
+def exact_probabilities(target):
+    """The probability of each of the VOCABULARY ** NEW_TOKENS texts, by running the target on all of them."""
+    texts = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=NEW_TOKENS)))
+    sequences = torch.cat([PROMPT.expand(len(texts), -1), texts], dim=1)
+    logits = target(sequences).logits[:, PROMPT.shape[1] - 1:-1].double()
+    log_probabilities = (logits / TEMPERATURE).log_softmax(-1).gather(-1, texts.unsqueeze(-1)).squeeze(-1)
+    return log_probabilities.sum(-1).exp()
+
+
+def p_value(target, drafter, policy):
+    """How well the texts that the loop samples fit the exact distribution."""
+    counts = torch.zeros(VOCABULARY ** NEW_TOKENS)
+    weights = torch.tensor([VOCABULARY ** i for i in reversed(range(NEW_TOKENS))])
+    for seed in range(SAMPLES):
+        output = speckv.generate(target, drafter, PROMPT, max_new_tokens=NEW_TOKENS, policy=policy,
+                                 temperature=TEMPERATURE, seed=seed)
+        counts[(output.sequences[0, -NEW_TOKENS:] * weights).sum()] += 1
+    expected = exact_probabilities(target) * SAMPLES
+    # Texts too rare for a chi-square are counted together.
+    order = expected.argsort()
+    rare = order[expected[order].cumsum(0) < 10]
+    common = torch.ones(len(expected), dtype=torch.bool)
+    common[rare] = False
+    observed = torch.cat([counts[common], counts[rare].sum().reshape(1)]).double()
+    wanted = torch.cat([expected[common], expected[rare].sum().reshape(1)])
+    kept = wanted > 0
+    return stats.chisquare(observed[kept], wanted[kept] * observed[kept].sum() / wanted[kept].sum()).pvalue
+
+
+@pytest.mark.parametrize("policy", ["off", "fixed:1", "fixed:2"])
+def test_sampled_texts_have_the_exact_distribution_of_the_target(pair, policy):
+    assert p_value(*pair, policy) > 1e-3
+
+
+def sample_target_after_rejection(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform):
+    """A planted bug: after a rejection, draw from p instead of the residual."""
+    tokens, accepted = reference.verify_chain(
+        target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform)
+    stop = accepted[0]
+    p = reference.softmax_with_temperature(target_logits[:, stop], temperature.reshape(-1, 1))
+    tokens[0, stop] = reference.sample_inverse_cdf(p, uniform.gather(1, num_draft.unsqueeze(1)).squeeze(1))
+    return tokens, accepted
+
+
+def accept_too_often(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform):
+    """A planted bug: accept with probability min(1, 2 p/q)."""
+    eased = torch.cat([uniform[:, :-1] / 2, uniform[:, -1:]], dim=1)
+    return reference.verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, eased)
+
+
+@pytest.mark.parametrize("bug", [sample_target_after_rejection, accept_too_often])
+def test_the_test_above_fails_for_a_wrong_verifier(pair, bug, monkeypatch):
+    monkeypatch.setattr(decode, "verify_chain", bug)
+    assert p_value(*pair, "fixed:2") < 1e-3
+
+
+def test_a_seed_makes_the_text_repeatable_and_another_seed_another_text(pair):
+    def text(seed):
+        return speckv.generate(tiny_model(), tiny_model(seed=4), PROMPT, max_new_tokens=30, temperature=1.0,
+                               seed=seed).sequences
+    assert torch.equal(text(1), text(1))
+    assert not torch.equal(text(1), text(2))
