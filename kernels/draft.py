@@ -1,0 +1,349 @@
+"""The draft side in Triton: draft_sample, plan_gamma, and draft_step, which is both in one launch.
+
+reference.py is the specification. Where it raises, a kernel cannot: token is -1 (prob, entropy and confidence NaN)
+in a row whose logits, temperature or uniform it would refuse, and gamma is -1 in a row whose acceptance, drafted or
+seconds it would refuse, or whose token is -1. Other rows are not affected.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from speckv.kernels import checks
+from speckv.kernels.sampling import (
+    ROUNDED_PRODUCTS,
+    all_true,
+    choose_block,
+    choose_in_block,
+    first_highest,
+    inverse_temperature,
+    is_finite,
+    launch_options,
+    load_logits,
+    normalize,
+    probability,
+    usable,
+)
+
+NATS_TO_BITS = tl.constexpr(1.4426950408889634)  # 1 / ln 2
+
+
+@triton.jit
+def measure_row(row_ptr, vocabulary, inverse_t, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """The one pass over a row: each block's maximum, and its sums over the shifted logits x = logit - maximum.
+
+    Returns four vectors [NUM_BLOCKS] f32: maxima, sums of exp(x * inverse_t) for drawing, sums of exp(x) and of
+    x * exp(x) for confidence and entropy. Blocks meet only in the end, so nothing is rescaled on the way.
+    """
+    index = tl.arange(0, NUM_BLOCKS)
+    maxima = tl.full([NUM_BLOCKS], float("-inf"), tl.float32)
+    sums_at_temperature = tl.zeros([NUM_BLOCKS], tl.float32)
+    sums = tl.zeros([NUM_BLOCKS], tl.float32)
+    moments = tl.zeros([NUM_BLOCKS], tl.float32)
+    for block in range(tl.cdiv(vocabulary, BLOCK_V)):
+        logits = load_logits(row_ptr, block, vocabulary, BLOCK_V)
+        maximum = tl.max(logits, axis=0)
+        shifted = logits - tl.where(tl.abs(maximum) < float("inf"), maximum, 0.0)  # all -inf: weights 0, not NaN
+        weights = tl.exp(shifted)
+        moment = weights * tl.where(weights > 0, shifted, 0.0)  # 0 log 0 is 0, not NaN
+        here = index == block
+        maxima = tl.where(here, maximum, maxima)
+        sums_at_temperature = tl.where(here, tl.sum(tl.exp(shifted * inverse_t), axis=0), sums_at_temperature)
+        sums = tl.where(here, tl.sum(weights, axis=0), sums)
+        moments = tl.where(here, tl.sum(moment, axis=0), moments)
+    return maxima, sums_at_temperature, sums, moments
+
+
+@triton.jit
+def uncertainty(maxima, sums, moments):
+    """Entropy in bits and confidence of softmax(logits), from what measure_row() left of each block."""
+    highest = tl.max(maxima, axis=0)
+    gap = tl.where(maxima > float("-inf"), maxima - highest, 0.0)
+    factor = tl.exp(gap)
+    total = tl.sum(factor * sums, axis=0)
+    mean_shifted = tl.sum(factor * (moments + gap * sums), axis=0) / total
+    return (tl.log(total) - mean_shifted) * NATS_TO_BITS, 1.0 / total
+
+
+@triton.jit
+def draw_token(row_ptr, maxima, sums, inverse_t, uniform, vocabulary, BLOCK_V: tl.constexpr):
+    """The token at `uniform` in the inverse CDF, and its probability; reads one block."""
+    highest, scale, shares = normalize(maxima, sums, inverse_t)
+    block, threshold = choose_block(shares, uniform)
+    probabilities = probability(load_logits(row_ptr, block, vocabulary, BLOCK_V), highest, scale, inverse_t)
+    chosen = choose_in_block(probabilities, threshold, BLOCK_V)
+    prob = tl.sum(tl.where(tl.arange(0, BLOCK_V) == chosen, probabilities, 0.0), axis=0)
+    return block * BLOCK_V + chosen, prob
+
+
+@triton.jit
+def sample_row(row_ptr, temperature, uniform, vocabulary, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """draft_sample of one row: token, prob, entropy, confidence."""
+    inverse_t = inverse_temperature(temperature)
+    maxima, sums_at_temperature, sums, moments = measure_row(row_ptr, vocabulary, inverse_t, BLOCK_V, NUM_BLOCKS)
+
+    token = -1
+    prob = float("nan")
+    entropy = float("nan")
+    confidence = float("nan")
+    if is_finite(tl.max(maxima, axis=0)) & usable(temperature) & (uniform >= 0) & (uniform < 1):
+        entropy, confidence = uncertainty(maxima, sums, moments)
+        if temperature == 0:
+            token = first_highest(row_ptr, maxima, vocabulary, BLOCK_V)
+            prob = 1.0
+        else:
+            token, prob = draw_token(row_ptr, maxima, sums_at_temperature, inverse_t, uniform, vocabulary, BLOCK_V)
+    return token, prob, entropy, confidence
+
+
+@triton.jit
+def update_signals(signals, drafted, entropy, confidence, BLOCK_F: tl.constexpr):
+    """The running signals [BLOCK_F] with one more draft token: mean entropy, mean confidence, max entropy, min
+    confidence; the columns after those stay as they are."""
+    column = tl.arange(0, BLOCK_F)
+    fresh = tl.where((column == 0) | (column == 2), entropy, confidence)
+    count = drafted.to(tl.float32)
+    mean = (signals * count + fresh) / (count + 1)
+    highest = tl.maximum(signals, fresh, propagate_nan=tl.PropagateNan.ALL)
+    lowest = tl.minimum(signals, fresh, propagate_nan=tl.PropagateNan.ALL)
+    running = tl.where(column < 2, mean, tl.where(column == 2, highest, lowest))
+    return tl.where(column < 4, tl.where(drafted == 0, fresh, running), signals)
+
+
+@triton.jit
+def best_gamma(
+    signals,
+    w1_ptr,  # [F + 1, H]
+    b1_ptr,  # [H]
+    w2_ptr,  # [H, 1]
+    b2_ptr,  # [1]
+    gammas_ptr,  # [G]
+    seconds_ptr,  # [G]
+    num_signals,
+    num_hidden,
+    num_candidates,
+    BLOCK_F: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """plan_gamma of one row, signals [BLOCK_F] being 0 past F: gamma, and acceptance [BLOCK_G]."""
+    feature = tl.arange(0, BLOCK_F)
+    unit = tl.arange(0, BLOCK_H)
+    candidate = tl.arange(0, BLOCK_G)
+    is_unit = unit < num_hidden
+    is_candidate = candidate < num_candidates
+
+    w1 = tl.load(
+        w1_ptr + feature[:, None] * num_hidden + unit[None, :],
+        mask=(feature < num_signals)[:, None] & is_unit[None, :],
+        other=0.0,
+    )
+    w1_gamma = tl.load(w1_ptr + num_signals * num_hidden + unit, mask=is_unit, other=0.0)
+    b1 = tl.load(b1_ptr + unit, mask=is_unit, other=0.0)
+    w2 = tl.load(w2_ptr + unit, mask=is_unit, other=0.0)
+    gammas = tl.load(gammas_ptr + candidate, mask=is_candidate, other=0)
+    seconds = tl.load(seconds_ptr + candidate, mask=is_candidate, other=1.0)
+
+    # Only the last input differs between candidates, so the first layer is computed once for the others.
+    from_signals = tl.sum(signals[:, None] * w1, axis=0) + b1
+    hidden = from_signals[None, :] + gammas.to(tl.float32)[:, None] * w1_gamma[None, :]
+    hidden = tl.where((hidden < 0) | ~is_unit[None, :], 0.0, hidden)  # a relu that, unlike tl.maximum, keeps NaN
+    acceptance = tl.sum(hidden * w2[None, :], axis=1) + tl.load(b2_ptr)
+
+    expected_tokens = tl.minimum(tl.maximum(acceptance, 0.0), 1.0) * gammas.to(tl.float32) + 1
+    usable_candidate = is_finite(acceptance) & is_finite(seconds) & (seconds > 0)
+    rate = tl.where(usable_candidate & is_candidate, tl.div_rn(expected_tokens, seconds), float("-inf"))
+    best = tl.argmax(rate, axis=0)
+    gamma = tl.sum(tl.where(candidate == best, gammas, 0), axis=0)
+    return tl.where(all_true(usable_candidate | ~is_candidate), gamma, -1), acceptance
+
+
+@triton.jit
+def draft_sample_kernel(
+    logits_ptr,  # [B, V]
+    temperature_ptr,  # [B]
+    uniform_ptr,  # [B]
+    token_ptr,  # [B]
+    prob_ptr,  # [B]
+    entropy_ptr,  # [B]
+    confidence_ptr,  # [B]
+    logits_stride_row,
+    temperature_stride_row,
+    uniform_stride_row,
+    vocabulary,
+    BLOCK_V: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(temperature_ptr + row * temperature_stride_row)
+    uniform = tl.load(uniform_ptr + row * uniform_stride_row)
+    token, prob, entropy, confidence = sample_row(
+        logits_ptr + row * logits_stride_row, temperature, uniform, vocabulary, BLOCK_V, NUM_BLOCKS
+    )
+    tl.store(token_ptr + row, token.to(tl.int64))
+    tl.store(prob_ptr + row, prob)
+    tl.store(entropy_ptr + row, entropy)
+    tl.store(confidence_ptr + row, confidence)
+
+
+@triton.jit
+def plan_gamma_kernel(
+    signals_ptr,  # [B, F]
+    w1_ptr,  # [F + 1, H]
+    b1_ptr,  # [H]
+    w2_ptr,  # [H, 1]
+    b2_ptr,  # [1]
+    gammas_ptr,  # [G]
+    seconds_ptr,  # [G]
+    gamma_ptr,  # [B]
+    acceptance_ptr,  # [B, G]
+    signals_stride_row,
+    signals_stride_column,
+    num_signals,
+    num_hidden,
+    num_candidates,
+    BLOCK_F: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_F)
+    signals = tl.load(
+        signals_ptr + row * signals_stride_row + column * signals_stride_column, mask=column < num_signals, other=0.0
+    )
+    gamma, acceptance = best_gamma(
+        signals, w1_ptr, b1_ptr, w2_ptr, b2_ptr, gammas_ptr, seconds_ptr,
+        num_signals, num_hidden, num_candidates, BLOCK_F, BLOCK_H, BLOCK_G,
+    )  # fmt: skip
+    candidate = tl.arange(0, BLOCK_G)
+    tl.store(gamma_ptr + row, gamma)
+    tl.store(acceptance_ptr + row * num_candidates + candidate, acceptance, mask=candidate < num_candidates)
+
+
+@triton.jit
+def draft_step_kernel(
+    logits_ptr,  # [B, V]
+    temperature_ptr,  # [B]
+    uniform_ptr,  # [B]
+    signals_ptr,  # [B, F]
+    drafted_ptr,  # [B]
+    w1_ptr,  # [F + 1, H]
+    b1_ptr,  # [H]
+    w2_ptr,  # [H, 1]
+    b2_ptr,  # [1]
+    gammas_ptr,  # [G]
+    seconds_ptr,  # [G]
+    token_ptr,  # [B]
+    prob_ptr,  # [B]
+    entropy_ptr,  # [B]
+    confidence_ptr,  # [B]
+    updated_signals_ptr,  # [B, F]
+    gamma_ptr,  # [B]
+    logits_stride_row,
+    temperature_stride_row,
+    uniform_stride_row,
+    signals_stride_row,
+    signals_stride_column,
+    drafted_stride_row,
+    vocabulary,
+    num_signals,
+    num_hidden,
+    num_candidates,
+    BLOCK_V: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(temperature_ptr + row * temperature_stride_row)
+    uniform = tl.load(uniform_ptr + row * uniform_stride_row)
+    drafted = tl.load(drafted_ptr + row * drafted_stride_row)
+    column = tl.arange(0, BLOCK_F)
+    signals = tl.load(
+        signals_ptr + row * signals_stride_row + column * signals_stride_column, mask=column < num_signals, other=0.0
+    )
+
+    token, prob, entropy, confidence = sample_row(
+        logits_ptr + row * logits_stride_row, temperature, uniform, vocabulary, BLOCK_V, NUM_BLOCKS
+    )
+    signals = update_signals(signals, drafted, entropy, confidence, BLOCK_F)
+    gamma, _ = best_gamma(
+        signals, w1_ptr, b1_ptr, w2_ptr, b2_ptr, gammas_ptr, seconds_ptr,
+        num_signals, num_hidden, num_candidates, BLOCK_F, BLOCK_H, BLOCK_G,
+    )  # fmt: skip
+    gamma = tl.where((token >= 0) & (drafted >= 0), gamma, -1)
+
+    tl.store(token_ptr + row, token.to(tl.int64))
+    tl.store(prob_ptr + row, prob)
+    tl.store(entropy_ptr + row, entropy)
+    tl.store(confidence_ptr + row, confidence)
+    tl.store(updated_signals_ptr + row * num_signals + column, signals, mask=column < num_signals)
+    tl.store(gamma_ptr + row, gamma)
+
+
+def controller_sizes(signals, w1, gammas):
+    """The scalar and block arguments of best_gamma()."""
+    num_signals, num_hidden, num_candidates = signals.shape[1], w1.shape[1], gammas.shape[0]
+    return {
+        "num_signals": num_signals,
+        "num_hidden": num_hidden,
+        "num_candidates": num_candidates,
+        "BLOCK_F": triton.next_power_of_2(num_signals),
+        "BLOCK_H": triton.next_power_of_2(num_hidden),
+        "BLOCK_G": triton.next_power_of_2(num_candidates),
+    }
+
+
+def contiguous(*weights):
+    """A controller's weights as its kernel reads them; no copy where they are stored so."""
+    return [weight.contiguous() for weight in weights]
+
+
+def new_tokens(logits):
+    """Unwritten token, prob, entropy, confidence."""
+    rows = logits.shape[0]
+    return (logits.new_empty(rows, dtype=torch.int64), *(logits.new_empty(rows, dtype=torch.float32) for _ in range(3)))
+
+
+def draft_sample(logits, temperature, uniform):
+    checks.draft_sample(logits, temperature, uniform)
+    rows, vocabulary = logits.shape
+    outputs = new_tokens(logits)
+    with torch.cuda.device_of(logits):
+        draft_sample_kernel[(rows,)](
+            logits, temperature, uniform, *outputs,
+            logits.stride(0), temperature.stride(0), uniform.stride(0),
+            vocabulary, **launch_options(vocabulary),
+        )  # fmt: skip
+    return outputs
+
+
+def plan_gamma(signals, w1, b1, w2, b2, gammas, seconds):
+    checks.plan_gamma(signals, w1, b1, w2, b2, gammas, seconds)
+    rows = signals.shape[0]
+    gamma = gammas.new_empty(rows)
+    acceptance = signals.new_empty(rows, gammas.shape[0])
+    with torch.cuda.device_of(signals):
+        plan_gamma_kernel[(rows,)](
+            signals, *contiguous(w1, b1, w2, b2, gammas, seconds), gamma, acceptance,
+            signals.stride(0), signals.stride(1),
+            **controller_sizes(signals, w1, gammas), num_warps=1, **ROUNDED_PRODUCTS,
+        )  # fmt: skip
+    return gamma, acceptance
+
+
+def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds):
+    checks.draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds)
+    rows, vocabulary = logits.shape
+    token, prob, entropy, confidence = new_tokens(logits)
+    updated_signals = signals.new_empty(signals.shape)
+    gamma = gammas.new_empty(rows)
+    with torch.cuda.device_of(logits):
+        draft_step_kernel[(rows,)](
+            logits, temperature, uniform, signals, drafted, *contiguous(w1, b1, w2, b2, gammas, seconds),
+            token, prob, entropy, confidence, updated_signals, gamma,
+            logits.stride(0), temperature.stride(0), uniform.stride(0),
+            signals.stride(0), signals.stride(1), drafted.stride(0),
+            vocabulary, **controller_sizes(signals, w1, gammas), **launch_options(vocabulary),
+        )  # fmt: skip
+    return token, prob, entropy, confidence, updated_signals, gamma
