@@ -1,0 +1,212 @@
+"""Chain verification in Triton: one program a row of the batch, one launch.
+
+reference.py is the specification. A program walks its row's draft one position at a time and stops at the first that
+is not accepted, so logits behind the stop are never read. Where the reference raises, a kernel cannot: every token of
+such a row is -1 and so is accepted, so that accepted + 1 counts the tokens in every row. Other rows are not affected.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from speckv.kernels import checks
+from speckv.kernels.sampling import (
+    all_true,
+    choose_block,
+    choose_in_block,
+    first_highest,
+    inverse_temperature,
+    is_finite,
+    launch_options,
+    load_logits,
+    normalize,
+    probability,
+    usable,
+)
+
+
+@triton.jit
+def scan_row(row_ptr, vocabulary, inverse_t, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """One pass over a row: each block's maximum, and its sum of exp((logit - maximum) * inverse_t)."""
+    index = tl.arange(0, NUM_BLOCKS)
+    maxima = tl.full([NUM_BLOCKS], float("-inf"), tl.float32)
+    sums = tl.zeros([NUM_BLOCKS], tl.float32)
+    for block in range(tl.cdiv(vocabulary, BLOCK_V)):
+        logits = load_logits(row_ptr, block, vocabulary, BLOCK_V)
+        maximum = tl.max(logits, axis=0)
+        shifted = logits - tl.where(tl.abs(maximum) < float("inf"), maximum, 0.0)  # all -inf: weights 0, not NaN
+        maxima = tl.where(index == block, maximum, maxima)
+        sums = tl.where(index == block, tl.sum(tl.exp(shifted * inverse_t), axis=0), sums)
+    return maxima, sums
+
+
+@triton.jit
+def probability_of(token, row_ptr, highest, scale, inverse_t):
+    return probability(tl.load(row_ptr + token).to(tl.float32), highest, scale, inverse_t)
+
+
+@triton.jit
+def residual_block(
+    p_row_ptr, p_highest, p_scale, q_row_ptr, q_highest, q_scale, inverse_t, block, vocabulary, BLOCK_V: tl.constexpr
+):
+    """max(0, p - q) in one block: what the target has and the draft has not; q is not read where q_scale is 0."""
+    p_logits = load_logits(p_row_ptr, block, vocabulary, BLOCK_V)
+    q_logits = load_logits(q_row_ptr, block, tl.where(q_scale > 0, vocabulary, 0), BLOCK_V)
+    p = probability(p_logits, p_highest, p_scale, inverse_t)
+    q = probability(q_logits, q_highest, q_scale, inverse_t)
+    return tl.maximum(p - q, 0.0)
+
+
+@triton.jit
+def residual_shares(
+    p_row_ptr, p_highest, p_scale, q_row_ptr, q_highest, q_scale, inverse_t, vocabulary,
+    BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """One pass over both rows: the sum of max(0, p - q) in each block, [NUM_BLOCKS] f64."""
+    index = tl.arange(0, NUM_BLOCKS)
+    shares = tl.zeros([NUM_BLOCKS], tl.float32)
+    for block in range(tl.cdiv(vocabulary, BLOCK_V)):
+        residual = residual_block(
+            p_row_ptr, p_highest, p_scale, q_row_ptr, q_highest, q_scale, inverse_t, block, vocabulary, BLOCK_V
+        )
+        shares = tl.where(index == block, tl.sum(residual, axis=0), shares)
+    return shares.to(tl.float64)
+
+
+@triton.jit
+def draw_next(
+    p_row_ptr, p_highest, p_scale, p_shares, q_row_ptr, q_highest, q_scale, inverse_t, uniform, vocabulary,
+    BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The token after the accepted ones, drawn from max(0, p - q), or from p where that is zero everywhere.
+
+    q_scale is 0 where nothing was proposed: q is then zero, its row is not read, and p's shares are at hand.
+    """
+    shares = p_shares
+    if q_scale > 0:
+        shares = residual_shares(
+            p_row_ptr, p_highest, p_scale, q_row_ptr, q_highest, q_scale, inverse_t, vocabulary, BLOCK_V, NUM_BLOCKS
+        )
+        if tl.sum(shares, axis=0) == 0:
+            shares = p_shares
+            q_scale = 0.0
+    block, threshold = choose_block(shares, uniform)
+    residual = residual_block(
+        p_row_ptr, p_highest, p_scale, q_row_ptr, q_highest, q_scale, inverse_t, block, vocabulary, BLOCK_V
+    )
+    return block * BLOCK_V + choose_in_block(residual, threshold, BLOCK_V)
+
+
+@triton.jit
+def verify_chain_kernel(
+    target_logits_ptr,  # [B, K + 1, V]
+    draft_logits_ptr,  # [B, K, V]
+    draft_tokens_ptr,  # [B, K]
+    num_draft_ptr,  # [B]
+    temperature_ptr,  # [B]
+    uniform_ptr,  # [B, K + 1]
+    tokens_ptr,  # [B, K + 1]
+    accepted_ptr,  # [B]
+    target_logits_stride_row,
+    target_logits_stride_position,
+    draft_logits_stride_row,
+    draft_logits_stride_position,
+    draft_tokens_stride_row,
+    draft_tokens_stride_position,
+    num_draft_stride_row,
+    temperature_stride_row,
+    uniform_stride_row,
+    uniform_stride_position,
+    max_draft,
+    vocabulary,
+    BLOCK_V: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.arange(0, BLOCK_K)
+    temperature = tl.load(temperature_ptr + row * temperature_stride_row)
+    num_draft = tl.load(num_draft_ptr + row * num_draft_stride_row)
+    draft_tokens = tl.load(
+        draft_tokens_ptr + row * draft_tokens_stride_row + position * draft_tokens_stride_position,
+        mask=position < max_draft,
+        other=-1,
+    )
+    uniform = tl.load(
+        uniform_ptr + row * uniform_stride_row + position * uniform_stride_position,
+        mask=position <= max_draft,
+        other=0.0,
+    )
+
+    # A draft ends at num_draft or before its first negative id, whichever comes first.
+    proposed = tl.min(tl.where((position >= num_draft) | (draft_tokens < 0), position, max_draft), axis=0)
+    valid = (
+        usable(temperature)
+        & (num_draft >= 0)
+        & (num_draft <= max_draft)
+        & all_true((uniform >= 0) & (uniform < 1))
+        & all_true((position >= proposed) | (draft_tokens < vocabulary))
+    )
+
+    greedy = temperature == 0
+    inverse_t = inverse_temperature(temperature)
+    next_uniform = tl.sum(tl.where(position == num_draft, uniform, 0.0), axis=0)
+    next_token = -1
+    accepted = tl.full((), 0, tl.int64)
+    deciding = valid
+    while deciding:
+        p_row_ptr = target_logits_ptr + row * target_logits_stride_row + accepted * target_logits_stride_position
+        q_row_ptr = draft_logits_ptr + row * draft_logits_stride_row + accepted * draft_logits_stride_position
+        judged = accepted < proposed
+        token = tl.sum(tl.where(position == accepted, draft_tokens, 0), axis=0)
+
+        p_maxima, p_sums = scan_row(p_row_ptr, vocabulary, inverse_t, BLOCK_V, NUM_BLOCKS)
+        valid = is_finite(tl.max(p_maxima, axis=0))
+        keep = False
+        if valid & greedy:
+            next_token = first_highest(p_row_ptr, p_maxima, vocabulary, BLOCK_V)
+            keep = judged & (token == next_token)
+        elif valid:
+            p_highest, p_scale, p_shares = normalize(p_maxima, p_sums, inverse_t)
+            q_highest = 0.0
+            q_scale = 0.0
+            if judged:
+                q_maxima, q_sums = scan_row(q_row_ptr, vocabulary, inverse_t, BLOCK_V, NUM_BLOCKS)
+                valid = is_finite(tl.max(q_maxima, axis=0))
+                q_highest, q_scale, _ = normalize(q_maxima, q_sums, inverse_t)
+                # Accept with probability min(1, p/q). Multiplying keeps q = 0 harmless, and the strict comparison
+                # keeps p = 0 out even when the uniform is 0.
+                u = tl.sum(tl.where(position == accepted, uniform, 0.0), axis=0)
+                p_token = probability_of(token, p_row_ptr, p_highest, p_scale, inverse_t)
+                q_token = probability_of(token, q_row_ptr, q_highest, q_scale, inverse_t)
+                keep = u * q_token < p_token
+            if valid & ~keep:
+                next_token = draw_next(
+                    p_row_ptr, p_highest, p_scale, p_shares, q_row_ptr, q_highest, q_scale, inverse_t, next_uniform,
+                    vocabulary, BLOCK_V, NUM_BLOCKS,
+                )  # fmt: skip
+        deciding = valid & keep
+        accepted += deciding
+
+    tokens = tl.where(position < accepted, draft_tokens, tl.where(position == accepted, next_token, -1))
+    tl.store(
+        tokens_ptr + row * (max_draft + 1) + position, tl.where(valid, tokens, -1), mask=position <= max_draft
+    )
+    tl.store(accepted_ptr + row, tl.where(valid, accepted, -1))
+
+
+def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform):
+    checks.verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform)
+    rows, width, vocabulary = target_logits.shape
+    tokens = draft_tokens.new_empty(rows, width)
+    accepted = draft_tokens.new_empty(rows)
+    with torch.cuda.device_of(target_logits):
+        verify_chain_kernel[(rows,)](
+            target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform, tokens, accepted,
+            target_logits.stride(0), target_logits.stride(1),
+            draft_logits.stride(0), draft_logits.stride(1),
+            draft_tokens.stride(0), draft_tokens.stride(1),
+            num_draft.stride(0), temperature.stride(0), uniform.stride(0), uniform.stride(1),
+            width - 1, vocabulary,
+            **launch_options(vocabulary), BLOCK_K=triton.next_power_of_2(width),
+        )  # fmt: skip
+    return tokens, accepted
