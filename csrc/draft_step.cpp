@@ -52,11 +52,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> draft_step(
         }
     }
 
-    // The two halves name themselves in what they refuse, as they do in the reference.
     const Tensor temperatures = as_contiguous(temperature);
     const Tensor uniforms = as_contiguous(uniform);
     const DraftSampleOutputs sampled = draft_sample_rows(
-        "draft_sample", as_logits(logits), data<float>(temperatures), data<float>(uniforms), rows);
+        op, as_logits(logits), data<float>(temperatures), data<float>(uniforms), rows);
 
     const Tensor rows_of_signals = as_contiguous(signals);
     Tensor updated = empty_float32<2>({rows, features});
@@ -74,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> draft_step(
     Tensor gamma = empty_int64<1>({rows});
     thread_local std::vector<float> acceptance;
     acceptance.resize(rows * controller.candidates);
-    plan_gamma_rows("plan_gamma", controller, updated_data, rows, mutable_data<int64_t>(gamma), acceptance.data());
+    plan_gamma_rows(op, controller, updated_data, rows, mutable_data<int64_t>(gamma), acceptance.data());
     return {sampled.token, sampled.prob, sampled.entropy, sampled.confidence, updated, gamma};
 }
 
