@@ -4,8 +4,9 @@ Each test times one implementation in one group; its results are checked against
 """
 
 import pytest
-import speckv.kernels as kernels
 import torch
+
+import speckv.kernels as kernels
 from speckv.kernels import checks, reference
 
 VOCABULARIES = (49152, 128256)

@@ -147,7 +147,8 @@ def draft_values(draft_tokens, num_draft, proposed, vocabulary):
         raise RuntimeError(f"verify_chain: row {_first(bad)[0]}: num_draft must be in [0, {draft_tokens.shape[1]}]")
     bad = proposed & (draft_tokens >= vocabulary)
     if bad.any():
-        raise RuntimeError(f"verify_chain: row {_first(bad)[0]}: a draft token is outside the vocabulary of {vocabulary}")
+        raise RuntimeError(
+            f"verify_chain: row {_first(bad)[0]}: a draft token is outside the vocabulary of {vocabulary}")
 
 
 def verified_values(target_logits, draft_logits, accepted, proposed, greedy):

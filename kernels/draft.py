@@ -8,6 +8,7 @@ seconds it would refuse, or whose token is -1. Other rows are not affected.
 import torch
 import triton
 import triton.language as tl
+
 from speckv.kernels import checks
 from speckv.kernels.sampling import (
     ROUNDED_PRODUCTS,
@@ -257,26 +258,25 @@ def draft_step_kernel(
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperature_ptr + row * temperature_stride_row)
     uniform = tl.load(uniform_ptr + row * uniform_stride_row)
-    drafted = tl.load(drafted_ptr + row * drafted_stride_row)
+    token, prob, entropy, confidence = sample_row(
+        logits_ptr + row * logits_stride_row, temperature, uniform, vocabulary, BLOCK_V, NUM_BLOCKS
+    )
+    tl.store(token_ptr + row, token.to(tl.int64))
+    tl.store(prob_ptr + row, prob)
+    tl.store(entropy_ptr + row, entropy)
+    tl.store(confidence_ptr + row, confidence)
+
     column = tl.arange(0, BLOCK_F)
     signals = tl.load(
         signals_ptr + row * signals_stride_row + column * signals_stride_column, mask=column < num_signals, other=0.0
     )
-
-    token, prob, entropy, confidence = sample_row(
-        logits_ptr + row * logits_stride_row, temperature, uniform, vocabulary, BLOCK_V, NUM_BLOCKS
-    )
+    drafted = tl.load(drafted_ptr + row * drafted_stride_row)
     signals = update_signals(signals, drafted, entropy, confidence, BLOCK_F)
     gamma, _ = best_gamma(
         signals, w1_ptr, b1_ptr, w2_ptr, b2_ptr, gammas_ptr, seconds_ptr,
         num_signals, num_hidden, num_candidates, BLOCK_F, BLOCK_H, BLOCK_G,
     )  # fmt: skip
     gamma = tl.where((token >= 0) & (drafted >= 0), gamma, -1)
-
-    tl.store(token_ptr + row, token.to(tl.int64))
-    tl.store(prob_ptr + row, prob)
-    tl.store(entropy_ptr + row, entropy)
-    tl.store(confidence_ptr + row, confidence)
     tl.store(updated_signals_ptr + row * num_signals + column, signals, mask=column < num_signals)
     tl.store(gamma_ptr + row, gamma)
 

@@ -81,7 +81,7 @@ def _serve_triton(key):
 
 def _extension_file():
     """The compiled extension beside this file, or None."""
-    return next(iter(sorted(Path(__file__).parent.glob("_C*.so")) + sorted(Path(__file__).parent.glob("_C*.pyd"))), None)
+    return next(iter(sorted(Path(__file__).parent.glob("_C*.so"))), None)
 
 
 def _load_extension():
@@ -115,7 +115,7 @@ def _register():
         _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"speckv::{name}", _SHAPES[name], lib=_library)
 
-    forced = os.environ.get("SPECKV_BACKEND")
+    forced = os.environ.get("SPECKV_BACKEND") or None
     if forced is not None and forced not in BACKENDS:
         raise ImportError(f"SPECKV_BACKEND={forced}: must be one of {', '.join(BACKENDS)}")
     why_forced = f"SPECKV_BACKEND={forced}"

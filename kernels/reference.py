@@ -10,6 +10,8 @@ the last dimension is unit-stride; a logit of -inf is a masked token with probab
 temperature 0 means greedy; uniforms lie in [0, 1) and are inputs, so equal numbers give equal tokens everywhere.
 """
 
+import math
+
 import torch
 
 from speckv.kernels import checks
@@ -20,11 +22,13 @@ PAPER_SIGNALS = ("mean_entropy", "mean_confidence", "max_entropy", "min_confiden
 def softmax_with_temperature(logits, temperature):
     """softmax(logits / temperature) over the last dimension in fp32; temperature broadcasts, 0 is computed as 1.
 
-    The maximum is subtracted before dividing, so that a tiny temperature cannot overflow.
+    The maximum is subtracted before dividing, so that a tiny temperature cannot overflow. torch.softmax is not used:
+    on the CPU it sums a long row one by one in fp32, and is off by 1e-5 at a vocabulary of 150,000.
     """
     logits = logits.float()
     shifted = logits - logits.amax(dim=-1, keepdim=True)
-    return torch.softmax(shifted / temperature.where(temperature > 0, 1.0), dim=-1)
+    weights = torch.exp(shifted / temperature.where(temperature > 0, 1.0))
+    return weights / weights.sum(dim=-1, keepdim=True)
 
 
 def sample_inverse_cdf(weights, uniform):
@@ -50,11 +54,15 @@ def draft_sample(logits, temperature, uniform):
     (arXiv 2605.02888, section 3). Raises RuntimeError for NaN, +inf or all -inf logits, and for values out of range.
     """
     checks.draft_sample(logits, temperature, uniform)
-    checks.sampling_values("draft_sample", temperature, uniform)
-    checks.logit_values("draft_sample", logits)
+    return _draft_sample("draft_sample", logits, temperature, uniform)
 
-    drafter = torch.softmax(logits.float(), dim=-1)
-    entropy = -torch.special.xlogy(drafter, drafter).sum(dim=-1) / torch.log(torch.tensor(2.0))
+
+def _draft_sample(op, logits, temperature, uniform):
+    checks.sampling_values(op, temperature, uniform)
+    checks.logit_values(op, logits)
+
+    drafter = softmax_with_temperature(logits, torch.ones_like(temperature).unsqueeze(-1))
+    entropy = -torch.special.xlogy(drafter, drafter).sum(dim=-1) / math.log(2)
     confidence = drafter.amax(dim=-1)
 
     q = softmax_with_temperature(logits, temperature.unsqueeze(-1))
@@ -74,7 +82,11 @@ def plan_gamma(signals, w1, b1, w2, b2, gammas, seconds):
     [B, G] f32 as the MLP gave it. Raises RuntimeError where acceptance is not finite.
     """
     checks.plan_gamma(signals, w1, b1, w2, b2, gammas, seconds)
-    checks.seconds_values("plan_gamma", seconds)
+    return _plan_gamma("plan_gamma", signals, w1, b1, w2, b2, gammas, seconds)
+
+
+def _plan_gamma(op, signals, w1, b1, w2, b2, gammas, seconds):
+    checks.seconds_values(op, seconds)
 
     rows, candidates = signals.shape[0], gammas.shape[0]
     features = torch.cat([
@@ -83,7 +95,7 @@ def plan_gamma(signals, w1, b1, w2, b2, gammas, seconds):
     ], dim=-1)
     hidden = torch.relu(features @ w1 + b1)
     acceptance = (hidden @ w2 + b2).squeeze(-1)
-    checks.acceptance_values("plan_gamma", acceptance)
+    checks.acceptance_values(op, acceptance)
 
     tokens_per_second = (acceptance.clamp(0, 1) * gammas + 1) / seconds
     return gammas[tokens_per_second.argmax(dim=-1)], acceptance
@@ -109,9 +121,9 @@ def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, g
     """
     checks.draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds)
     checks.drafted_values("draft_step", drafted)
-    token, prob, entropy, confidence = draft_sample(logits, temperature, uniform)
+    token, prob, entropy, confidence = _draft_sample("draft_step", logits, temperature, uniform)
     signals = update_signals(signals, drafted, entropy, confidence)
-    gamma, _ = plan_gamma(signals, w1, b1, w2, b2, gammas, seconds)
+    gamma, _ = _plan_gamma("draft_step", signals, w1, b1, w2, b2, gammas, seconds)
     return token, prob, entropy, confidence, signals, gamma
 
 

@@ -8,6 +8,7 @@ such a row is -1 and so is accepted, so that accepted + 1 counts the tokens in e
 import torch
 import triton
 import triton.language as tl
+
 from speckv.kernels import checks
 from speckv.kernels.sampling import (
     all_true,

@@ -4,9 +4,9 @@ import inspect
 
 import pytest
 import torch
-from speckv.kernels import reference
 
 from speckv import kernels
+from speckv.kernels import reference
 
 BACKEND = kernels.serving()["cpu"][0]
 INTERPRETED = BACKEND == "triton"  # on CPU tensors Triton runs in its interpreter, about a thousand times slower

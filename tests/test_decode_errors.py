@@ -60,7 +60,7 @@ def test_a_policy_that_drafts_needs_a_drafter(idle_target):
 
 
 def test_a_drafter_with_another_vocabulary_is_refused(idle_target):
-    with pytest.raises(ModelError, match="draft vocabulary is 50, target 97.*speckv distill"):
+    with pytest.raises(ModelError, match=r"draft vocabulary is 50, target 97.*speckv distill"):
         speckv.generate(idle_target, tiny_model(vocab_size=50), prompt_ids())
 
 
@@ -80,7 +80,7 @@ def test_a_hybrid_cache_is_refused_by_name(target):
         linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
         num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16)
     hybrid = transformers.Qwen3NextForCausalLM(config).eval()
-    with pytest.raises(ModelError, match="target Qwen3NextForCausalLM.*rolled back"):
+    with pytest.raises(ModelError, match=r"target Qwen3NextForCausalLM.*rolled back"):
         speckv.generate(hybrid, target, prompt_ids())
 
 

@@ -80,7 +80,7 @@ def test_training_lowers_the_loss_and_reports_progress(finished):
     assert len(losses) > 8 and sum(losses[-4:]) < sum(losses[:4])
     assert calls[-1].done == calls[-1].total
     assert 0 <= best["match"] <= 1 and 0 <= best["accepted_at_4"] <= 4
-    assert [call.done for call in calls if call.stage == "text"][-1] == 2 * ROWS * LENGTH - ROWS  # first tokens are given
+    assert [call.done for call in calls if call.stage == "text"][-1] == 2 * ROWS * LENGTH - ROWS
 
 
 @pytest.mark.parametrize("stop_after", [1, 50, 79, 86, 95])

@@ -1,4 +1,4 @@
-"""Sampled output has the target's distribution: every text of a tiny vocabulary, its exact probability, a chi-square."""
+"""Sampled texts have the target's distribution: all texts of a tiny vocabulary with their exact probabilities."""
 
 import itertools
 

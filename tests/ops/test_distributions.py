@@ -16,6 +16,7 @@ from planted_verifiers import (
     verifier,
 )
 from scipy.stats import chisquare
+
 from speckv.kernels import draft_sample
 
 TEMPERATURE = 0.8

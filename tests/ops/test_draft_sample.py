@@ -19,6 +19,7 @@ from helpers_ops import (
     temperatures,
 )
 from oracle_ops import assert_draft_sample_agrees
+
 from speckv.kernels import draft_sample
 
 INF = float("inf")

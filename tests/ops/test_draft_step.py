@@ -20,6 +20,7 @@ from helpers_ops import (
     temperatures,
 )
 from oracle_ops import BOUNDARY, assert_close, assert_draft_sample_agrees
+
 from speckv.kernels import draft_sample, draft_step
 
 NAN = float("nan")

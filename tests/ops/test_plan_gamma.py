@@ -13,6 +13,7 @@ from helpers_ops import (
     skip_in_the_interpreter,
 )
 from oracle_ops import BOUNDARY, RARELY, assert_close
+
 from speckv.kernels import plan_gamma
 
 GAMMAS = torch.tensor([2, 4, 6, 8])

@@ -16,6 +16,7 @@ from helpers_ops import (
     skip_repeated_large_shapes,
 )
 from oracle_ops import assert_chain_is_well_formed, assert_verify_chain_agrees
+
 from speckv.kernels import verify_chain
 
 INF = float("inf")

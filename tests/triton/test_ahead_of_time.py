@@ -15,9 +15,10 @@ triton = pytest.importorskip("triton", reason="needs Triton: pip install 'speckv
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs a process without TRITON_INTERPRET, which replaces the compiler", allow_module_level=True)
 
-from speckv.kernels import draft, verify  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+
+from speckv.kernels import draft, verify  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TARGETS = {

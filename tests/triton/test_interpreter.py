@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import triton
 import triton.language as tl
+
 from speckv.kernels import draft, reference, sampling, verify
 
 from .probe import watch

@@ -1,0 +1,79 @@
+"""The command: its help teaches, its errors are one line, its JSON has what it promises."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_models import PROMPTS, needs_embedded
+
+import speckv
+from speckv import cli, demo
+
+
+def run(*arguments, **settings):
+    return subprocess.run([sys.executable, "-m", "speckv.cli", *arguments], capture_output=True, text=True, timeout=300,
+                          **settings)
+
+
+def run_main(monkeypatch, capsys, *arguments):
+    """The command inside this process: its exit status and what it printed."""
+    monkeypatch.setattr(sys, "argv", ["speckv", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code or 0, capsys.readouterr()
+
+
+@needs_embedded
+def test_generate_prints_json(tmp_path):
+    result = run("generate", "--prompt", PROMPTS["code"], "--compression", "nf4", "--policy", "fixed:4",
+                 "--max-new-tokens", "24", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert {"text", "tokens", "steps", "tokens_per_second", "acceptance_rate"} <= printed.keys()
+    assert printed["tokens"] == 24 and 0 < printed["steps"] <= 24
+    assert "def" in printed["text"] and printed["tokens_per_second"] > 0
+
+
+@needs_embedded
+def test_generate_streams_the_whole_text(tmp_path):
+    arguments = ("generate", "--prompt", "-", "--max-new-tokens", "20", "--policy", "fixed:2")
+    streamed = run(*arguments, cwd=tmp_path, input=PROMPTS["chat"])
+    whole = run(*arguments, "--json", cwd=tmp_path, input=PROMPTS["chat"])
+    assert streamed.stdout.strip() == json.loads(whole.stdout)["text"].strip()
+    assert "20 tokens in" in streamed.stderr
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--policy", "fixed:-2"], "gamma is -2"),
+    (["--policy", "clever"], "unknown policy 'clever': choose off, or fixed:N"),
+    (["--compression", "int3"], "unknown compression 'int3'"),
+], ids=lambda value: value[-1] if isinstance(value, list) else "")
+def test_a_mistake_ends_in_one_line_that_tells_the_way_out(arguments, words, monkeypatch, capsys):
+    status, printed = run_main(monkeypatch, capsys, "generate", "--prompt", "x", *arguments)
+    assert status == 2
+    assert words in printed.err and "Traceback" not in printed.err
+    assert len(printed.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["generate", "demo", "distill", "doctor"])
+def test_every_command_has_help(command, monkeypatch, capsys):
+    status, printed = run_main(monkeypatch, capsys, command, "--help")
+    assert status == 0 and "Usage" in printed.out
+
+
+def test_doctor_names_the_backend_of_every_op(monkeypatch, capsys):
+    _, printed = run_main(monkeypatch, capsys, "doctor")
+    for op in ("draft_sample", "plan_gamma", "draft_step", "verify_chain"):
+        assert op in printed.out
+    assert speckv.kernels.serving()["cpu"][0] in printed.out
+
+
+@needs_embedded
+def test_demo_prints_a_table_with_every_cell(monkeypatch, capsys):
+    cells = demo.run("smollm2", "smollm2", ["bf16"], "fixed:2", max_new_tokens=8)
+    printed = capsys.readouterr().out
+    assert [cell.task for cell in cells] == list(demo.PROMPTS)
+    for cell in cells:
+        assert cell.plain.new_tokens == cell.speculative.new_tokens == 8
+        assert f"{cell.ratio:.2f}×" in printed
