@@ -1,4 +1,4 @@
-"""Times the ops, keeps the JSON in bench/results/ and prints the medians: python -P bench/run.py [pytest arguments]."""
+"""Times the ops, keeps the JSON in bench/results/ and prints the medians: python bench/run.py [pytest arguments]."""
 
 import json
 import os
@@ -16,9 +16,9 @@ BASELINES = ("reference", "torch.compile")
 
 def run(arguments):
     RESULTS.parent.mkdir(exist_ok=True)
-    command = [sys.executable, "-P", "-m", "pytest", str(HERE / "bench_ops.py"), "-q", "--no-header",
+    command = [sys.executable, "-m", "pytest", "bench_ops.py", "-q", "--no-header",
                "--benchmark-disable-gc", "--benchmark-quiet", f"--benchmark-json={RESULTS}", *arguments]
-    return subprocess.run(command, cwd=HERE.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
+    return subprocess.run(command, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
 
 
 def medians(results):

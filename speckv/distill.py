@@ -33,8 +33,8 @@ class DistillSettings:
     num_layers: int = 2
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     epochs: float = 10.0
-    batch_rows: int = 8
-    loss_positions: int = 256
+    batch_rows: int = 4
+    loss_positions: int = 512
     learning_rate: float = 1e-3
     warmup_steps: int = 50
     evaluate_every: int = 100
