@@ -142,6 +142,9 @@ def _set_threads(threads):
 
 def main():
     """Entry point: errors that speckv raises on purpose end in one line and exit status 2."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # its bars for loading weights would run through the streamed text
     try:
         app()
     except SpecKVError as error:

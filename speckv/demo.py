@@ -11,6 +11,7 @@ from speckv.policy import parse_policy
 from speckv.records import SpecOutput
 from speckv.terminal import ACCEPTED_STYLE, TokenPrinter, encode_prompt
 
+TABLE_WIDTH = 110
 PROMPTS = {
     "code": "Write a Python function that returns the n-th Fibonacci number, with a docstring.",
     "math": "A train travels 60 km in the first hour and 45 km in each of the next three hours. How far does it "
@@ -76,7 +77,9 @@ def run(target_name: str, drafter_name: str, compressions: list, policy: str, ma
             cells.append(Cell(compression, task, plain, speculative, first_difference(target, plain, speculative)))
         del target, drafter
     console.print()
-    Console().print(table(cells, chosen.name))
+    tabular = Console()
+    tabular.width = max(tabular.width, TABLE_WIDTH)  # folded to 80 columns, as in a log, it cannot be read
+    tabular.print(table(cells, chosen.name))
     console.print(f"[{ACCEPTED_STYLE}]Green[/] tokens were drafted and accepted. {torch.get_num_threads()} CPU "
                   f"threads, {max_new_tokens} tokens an answer, greedy, prompt included in the time.")
     if any(cell.difference is not None for cell in cells):
