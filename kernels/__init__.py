@@ -1,13 +1,17 @@
 """speckv.kernels: the four ops of speculative decoding, each with a reference, a Triton and a C++ (CPU) backend."""
 
-if __name__ != "speckv.kernels":
-    # transformers and bitsandbytes look for Hugging Face's library of this name; from the repository root Python
-    # would find this folder in its place and hide it.
-    raise ImportError(
-        "this folder is the source of speckv.kernels, not Hugging Face's 'kernels' library: import speckv.kernels, "
-        "and run Python from outside the repository root (or with 'python -P') to import the library"
-    )
+if __name__ == "speckv.kernels":
+    from speckv.kernels.ops import draft_sample, draft_step, plan_gamma, serving, verify_chain
 
-from speckv.kernels.ops import draft_sample, draft_step, plan_gamma, serving, verify_chain
-
-__all__ = ["draft_sample", "draft_step", "plan_gamma", "serving", "verify_chain"]
+    __all__ = ["draft_sample", "draft_step", "plan_gamma", "serving", "verify_chain"]
+else:
+    # Started in the repository root, Python finds this folder under the name of Hugging Face's library. Importing it
+    # must not fail, since transformers imports what it finds to ask for its version; with none it takes the library
+    # as absent. Using it must.
+    def __getattr__(name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(
+            "this folder is the source of speckv.kernels, not Hugging Face's 'kernels' library: import speckv.kernels, "
+            "and to import the library start Python outside the repository root"
+        )

@@ -10,7 +10,11 @@ def check_rollback(model, role: str) -> None:
 
     Full attention and sliding windows can; recurrent and convolutional states, and encoders, cannot.
     """
+    if not hasattr(model, "config") or not hasattr(model, "generation_config"):
+        raise ModelError(f"the {role} is a {type(model).__name__}: it must be a causal language model of transformers")
     name = type(model).__name__
+    if model.training:
+        raise ModelError(f"the {role} {name} is in train mode, where dropout changes every pass: call .eval()")
     if model.config.is_encoder_decoder:
         raise ModelError(f"the {role} {name} is an encoder-decoder: speckv decodes causal language models only")
     way_out = f"rejected draft tokens cannot be rolled back; use transformers' generate for this {role}"
@@ -35,6 +39,9 @@ class CachedModel:
         """Feed what is new in ids [B, n] and return the logits [B, keep, V] after each of its last `keep` tokens."""
         output = self.model(ids[:, self.length:], past_key_values=self._cache, use_cache=True, logits_to_keep=keep)
         self.length = ids.shape[1]
+        if self._cache.get_seq_length() != self.length:
+            raise ModelError(f"{type(self.model).__name__} does not keep what it reads in its cache: speckv cannot "
+                             "decode with it; use transformers' generate")
         return output.logits
 
     def rollback(self, length: int) -> None:
@@ -56,3 +63,11 @@ def vocabulary_size(model) -> int:
     return model.config.get_text_config(decoder=True).vocab_size
 
 
+
+
+def rope_switch(model):
+    """After how many tokens the model changes its position encoding (LongRoPE), or None where it never does."""
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    switches = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min((switch for switch in switches if switch), default=None)

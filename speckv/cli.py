@@ -86,7 +86,7 @@ def demo(
     from speckv.demo import run
 
     _set_threads(threads)
-    run(target, draft, compressions.split(","), policy, max_new_tokens)
+    run(target, draft, [name.strip() for name in compressions.split(",")], policy, max_new_tokens)
 
 
 @app.command()
@@ -147,7 +147,7 @@ def main():
     logging.disable_progress_bar()  # its bars for loading weights would run through the streamed text
     try:
         app()
-    except SpecKVError as error:
+    except (SpecKVError, OSError) as error:
         print(f"speckv: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -7,6 +7,7 @@ sampled, so no row is ever padded. The hidden states that come for free are stor
 full distribution at every position.
 """
 
+import hashlib
 import json
 from collections import deque
 from dataclasses import dataclass
@@ -156,23 +157,43 @@ def write_shard(target, tokenizer, settings: CorpusSettings, index: int, on_step
     return {"tokens": tokens.int(), "roles": roles, "hidden": hidden}
 
 
+def target_identity(target) -> str:
+    """A name for the target's weights: a hash of its configuration, final norm and some rows of its embedding.
+
+    Taken in bf16, so that a model is the same whatever 16 or 32 bits it is held in.
+    """
+    digest = hashlib.sha256(repr(sorted(
+        (key, value) for key, value in target.config.get_text_config().to_dict().items()
+        if isinstance(value, int | float) and not isinstance(value, bool))).encode())
+    embedding = target.get_input_embeddings().weight
+    vectors = [tensor for tensor in target.base_model.state_dict().values() if tensor.dim() == 1]
+    for tensor in (embedding[:: max(1, len(embedding) // 64)], *vectors):
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 class Corpus:
     """The shards in a folder. A manifest names each finished shard with its hash; anything else is made again."""
 
-    def __init__(self, folder: Path, settings: CorpusSettings, target_name: str):
+    def __init__(self, folder: Path, settings: CorpusSettings, target_identity: str):
         self.folder = Path(folder)
         self.settings = settings
-        self.target_name = target_name
         self._manifest_file = self.folder / "corpus.json"
-        self._identity = {"target": target_name, "rows": settings.rows, "length": settings.length,
+        self._identity = {"target": target_identity, "rows": settings.rows, "length": settings.length,
                           "seed": settings.seed}
-        self._hashes = {}
-        if self._manifest_file.exists():
+        self._hashes = self._read_manifest() if self._manifest_file.exists() else {}
+
+    def _read_manifest(self):
+        try:
             manifest = json.loads(self._manifest_file.read_text())
-            if manifest["identity"] != self._identity:
-                raise ModelError(f"{self.folder} holds text for {manifest['identity']}, not {self._identity}: "
-                                 "choose another folder, or delete it")
-            self._hashes = manifest["shards"]
+            identity, shards = manifest["identity"], dict(manifest["shards"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"{self._manifest_file} is damaged ({error!r}): delete the folder to start anew") from error
+        if identity != self._identity:
+            raise ModelError(f"{self.folder} holds text for {identity}, not {self._identity}: choose another folder, "
+                             "or delete it")
+        return shards
 
     def file(self, index: int) -> Path:
         return self.folder / f"shard-{index:05d}.safetensors"

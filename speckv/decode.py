@@ -1,19 +1,19 @@
 """The loop: draft until the policy says stop, verify in one pass of the target, roll both caches back, go on."""
 
-import math
+import re
 import time
 
 import torch
 
-from speckv.cache import CachedModel, check_rollback, context_limit, vocabulary_size
+from speckv.arguments import checked_gamma, checked_settings
+from speckv.cache import CachedModel, check_rollback
 from speckv.drafters import as_drafter
-from speckv.errors import InputError, ModelError, NumericalError
+from speckv.errors import NumericalError
 from speckv.kernels import draft_sample, verify_chain
 from speckv.policy import parse_policy
 from speckv.records import SpecOutput, StepRecord
 
 
-@torch.inference_mode()
 def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128, policy="fixed:4", temperature=0.0,
              seed=None, eos_token_id=None, on_step=None) -> SpecOutput:
     """Decode with speculation: the target's own output, sooner.
@@ -21,8 +21,8 @@ def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128
     target is a causal language model of transformers, drafter a model that shares its tokenizer or a Drafter (None
     will do where the policy never drafts). input_ids [1, n] i64; attention_mask [1, n] hides padding. At temperature 0
     the output is that of greedy decoding, else a sample of softmax(logits / temperature); seed makes it repeatable.
-    eos_token_id is an id, a list of ids, or None for what the target's generation_config says. on_step(tokens, record)
-    is called after every step with the new token ids.
+    eos_token_id is an id, a list of ids, or None for what the target's generation_config says, of which nothing else
+    is used. on_step(tokens, record) is called after every step with the new token ids.
 
     Raises InputError or ModelError before any work where an argument cannot be used, and NumericalError, with the
     step, where a model's logits are not a distribution.
@@ -30,11 +30,11 @@ def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128
     policy = parse_policy(policy)
     check_rollback(target, "target")
     drafter = as_drafter(drafter) if drafter is not None else None
-    prompt = _check_prompt(input_ids, attention_mask)
-    _check_settings(target, drafter, policy, prompt.shape[1], max_new_tokens, temperature)
+    settings = checked_settings(target, drafter, policy, input_ids, attention_mask, max_new_tokens, temperature, seed,
+                                eos_token_id)
 
     started = time.perf_counter()
-    run = _Run(target, drafter, prompt, max_new_tokens, temperature, seed, _eos_ids(target, eos_token_id))
+    run = _Run(target, drafter, settings)
     run.prefill(policy)
     prefilled = time.perf_counter()
     steps = []
@@ -46,7 +46,8 @@ def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128
         steps.append(record)
         if on_step is not None:
             on_step(tokens, record)
-    sequences = torch.cat([input_ids, run.ids[:, prompt.shape[1]:run.length].to(input_ids.device)], dim=1)
+    new_ids = run.ids[:, settings.prompt.shape[1]:run.length]
+    sequences = torch.cat([input_ids, new_ids.to(input_ids)], dim=1)
     finished = time.perf_counter()
     return SpecOutput(sequences, input_ids.shape[1], finished - started, prefilled - started, steps)
 
@@ -54,20 +55,21 @@ def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128
 class _Run:
     """One sequence being decoded; `ids[:, :length]` is what stands."""
 
-    def __init__(self, target, drafter, prompt, max_new_tokens, temperature, seed, eos_ids):
+    def __init__(self, target, drafter, settings):
         device = target.device
-        self.length = prompt.shape[1]
-        self.end = self.length + max_new_tokens
+        self.length = settings.prompt.shape[1]
+        self.end = self.length + settings.max_new_tokens
         self.ids = torch.empty(1, self.end, dtype=torch.int64, device=device)
-        self.ids[:, :self.length] = prompt
-        self.finished = max_new_tokens == 0
-        self._eos_ids = eos_ids
+        self.ids[:, :self.length] = settings.prompt
+        self.finished = settings.max_new_tokens == 0
+        self._eos_ids = settings.eos_ids
         self._target = CachedModel(target)
         self._draft = drafter.open() if drafter is not None else None
-        self._temperature = torch.full((1,), float(temperature), device=device)
+        self._temperature = torch.full((1,), settings.temperature, device=device)
         self._random = torch.Generator()
-        self._random.manual_seed(seed) if seed is not None else self._random.seed()
+        self._random.manual_seed(settings.seed) if settings.seed is not None else self._random.seed()
 
+    @torch.inference_mode()
     def prefill(self, policy):
         """Read the prompt but for its last token, which the first step feeds."""
         prompt = self.ids[:, :self.length - 1]
@@ -75,14 +77,15 @@ class _Run:
             return
         self._target.logits(prompt, keep=1)
         self._target.rollback(self.length - 1)
-        if policy.max_draft() > 0:
+        if checked_gamma(policy, self._draft) > 0:
             self._draft.next_logits(prompt)
 
+    @torch.inference_mode()
     def step(self, policy):
         """Draft, verify, commit; returns the new token ids and the step's record."""
         started = time.perf_counter()
         # The target adds a token of its own, so one less than what is missing is worth drafting.
-        gamma = min(policy.max_draft(), self.end - self.length - 1)
+        gamma = min(checked_gamma(policy, self._draft), self.end - self.length - 1)
         # Fresh numbers for every step: reusing those of a rejected draft would tie the policy's choices to them.
         uniform = torch.rand(1, 2 * gamma + 1, generator=self._random).to(self.ids.device, non_blocking=True)
         draft_tokens, draft_logits, signals = self._draft_tokens(gamma, uniform[:, gamma + 1:])
@@ -137,54 +140,8 @@ class _Run:
         return emitted, min(accepted, len(emitted))
 
 
-def _eos_ids(target, eos_token_id):
-    if eos_token_id is None:
-        eos_token_id = target.generation_config.eos_token_id if target.generation_config is not None else None
-    if eos_token_id is None:
-        return frozenset()
-    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
-
-
-def _check_prompt(input_ids, attention_mask):
-    """The prompt without its padding, [1, n]."""
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise InputError(f"input_ids has shape {list(input_ids.shape)}: it must be [1, n] with at least one token")
-    if input_ids.shape[0] != 1:
-        raise InputError(f"input_ids holds {input_ids.shape[0]} sequences: this version decodes one at a time")
-    if attention_mask is None:
-        return input_ids
-    if attention_mask.shape != input_ids.shape:
-        raise InputError(f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}: "
-                         "they must be the same")
-    # With one sequence, leaving the hidden tokens out is the same as masking them, positions included.
-    prompt = input_ids[:, attention_mask[0].bool()]
-    if prompt.shape[1] == 0:
-        raise InputError("attention_mask hides the whole prompt: at least one token must be visible")
-    return prompt
-
-
-def _check_settings(target, drafter, policy, prompt_length, max_new_tokens, temperature):
-    if not (isinstance(temperature, int | float) and math.isfinite(temperature) and temperature >= 0):
-        raise InputError(f"temperature is {temperature}: it must be 0 (greedy) or a positive number")
-    if max_new_tokens < 0:
-        raise InputError(f"max_new_tokens is {max_new_tokens}: it must be 0 or more")
-    limits = [context_limit(target)]
-    if policy.max_draft() > 0:
-        if drafter is None:
-            raise InputError(f"policy {policy.name} drafts tokens: give a drafter, or choose policy 'off'")
-        if drafter.vocabulary != vocabulary_size(target):
-            raise ModelError(f"draft vocabulary is {drafter.vocabulary}, target {vocabulary_size(target)}: a drafter "
-                             "must share the target's tokenizer; see 'speckv distill'")
-        limits.append(drafter.context)
-    limit = min((limit for limit in limits if limit is not None), default=None)
-    if limit is not None and prompt_length + max_new_tokens > limit:
-        raise InputError(f"a prompt of {prompt_length} tokens and {max_new_tokens} new ones need "
-                         f"{prompt_length + max_new_tokens} positions, the models have {limit}: shorten the prompt or "
-                         "lower max_new_tokens")
-
-
 def _named(error, step):
     """An op's complaint about logits with the step it came in; anything else as it is."""
-    if isinstance(error, NumericalError) or str(error).startswith(("draft_sample:", "verify_chain:")):
+    if isinstance(error, NumericalError) or re.match(r"(draft_sample|verify_chain): row \d+", str(error)):
         return NumericalError(f"step {step}: {error}")
     return error

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from speckv import generate, load_drafter, load_target
+from speckv.models import check_compression
 from speckv.policy import parse_policy
 from speckv.records import SpecOutput
 from speckv.terminal import ACCEPTED_STYLE, TokenPrinter, encode_prompt
@@ -57,6 +58,8 @@ def first_difference(target, plain: SpecOutput, speculative: SpecOutput):
 def run(target_name: str, drafter_name: str, compressions: list, policy: str, max_new_tokens: int) -> list:
     """Decode, print as it goes, print the table; returns the cells."""
     chosen = parse_policy(policy)
+    for compression in compressions:
+        check_compression(compression)
     console = Console(highlight=False, soft_wrap=True)
     cells = []
     for compression in compressions:

@@ -5,21 +5,24 @@ of its answers. Both halves can be interrupted at any moment: text is kept in fi
 and what a step trains on depends only on its number.
 """
 
+import hashlib
 import json
+import math
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from speckv import pruned
-from speckv.corpus import ROLE_ANSWER, Corpus, CorpusSettings, write_shard
+from speckv import drafter_folder, pruned
+from speckv.corpus import ROLE_ANSWER, Corpus, CorpusSettings, target_identity, write_shard
 from speckv.errors import InputError, ModelError
-from speckv.files import atomic_file
+from speckv.files import atomic_file, check_writable, locked
 
 HELD_OUT_ROWS = 32  # the first rows of shard 0; never trained on
 MATCH_GAMMA = 4
@@ -41,8 +44,10 @@ class DistillSettings:
     checkpoint_seconds: float = 120.0
 
     def __post_init__(self):
-        if self.epochs <= 0 or self.batch_rows < 1 or self.corpus.tokens < 1:
-            raise InputError("tokens, epochs and batch_rows must be positive")
+        numbers = (self.epochs, self.corpus.tokens, self.batch_rows, self.loss_positions, self.warmup_steps,
+                   self.evaluate_every)
+        if not all(math.isfinite(number) and number > 0 for number in numbers):
+            raise InputError(f"tokens, epochs and the other numbers of a distillation must be positive: {self}")
 
     @property
     def num_steps(self) -> int:
@@ -72,12 +77,28 @@ def distill(target, tokenizer, folder, work_folder, settings: DistillSettings, t
     target is dense (bf16 or fp32); work_folder keeps text and checkpoints, and a run started again on it goes on where
     it stopped. Raises ModelError for a target that cannot be pruned, and where work_folder belongs to another run.
     """
+    folder, work_folder = Path(folder), Path(work_folder)
     first = pruned.first_layers(target, settings.num_layers)
     _check_head(target)
-    target.requires_grad_(False)
-    corpus = Corpus(Path(work_folder), settings.corpus, target_name)
-    write_text(target, tokenizer, corpus, on_progress)
-    return train(target, corpus, first, Path(folder), settings, on_progress)
+    check_writable(folder)
+    check_writable(work_folder)
+    with locked(work_folder, "distilling", wait=False), _frozen(target):
+        corpus = Corpus(work_folder, settings.corpus, target_identity(target))
+        write_text(target, tokenizer, corpus, on_progress)
+        return train(target, corpus, first, folder, settings, target_name, on_progress)
+
+
+@contextmanager
+def _frozen(target):
+    """No gradients for the target's own parameters, some of which the drafter shares."""
+    trainable = [parameter for parameter in target.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def write_text(target, tokenizer, corpus: Corpus, on_progress) -> None:
@@ -144,7 +165,8 @@ class _Sampler:
         return tokens, roles, hidden
 
 
-def train(target, corpus: Corpus, first: dict, folder: Path, settings: DistillSettings, on_progress) -> dict:
+def train(target, corpus: Corpus, first: dict, folder: Path, settings: DistillSettings, target_name: str,
+          on_progress) -> dict:
     """Train from `first` (name -> tensor); checkpoints in the corpus folder, the best drafter so far in `folder`."""
     device = target.device
     drafter = pruned.prune(target, settings.num_layers)
@@ -155,12 +177,17 @@ def train(target, corpus: Corpus, first: dict, folder: Path, settings: DistillSe
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(own.values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     checkpoint = corpus.folder / f"checkpoint-{settings.num_layers}-layers.safetensors"
+    best_folder = corpus.folder / f"best-{settings.num_layers}-layers"
     step, best = _restore(checkpoint, own, optimizer, settings)
+    if best:
+        # The output folder may be a new one, or may have been lost since the interruption.
+        drafter_folder.publish(best_folder, folder, pruned.KIND)
     sampler = _Sampler(corpus, settings)
     step_tokens = settings.batch_rows * corpus.settings.length
-    saved, loss = time.monotonic(), None
+    saved, is_whole = time.monotonic(), True
     try:
         while step < settings.num_steps:
+            is_whole = False
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(step, settings)
             loss = _train_step(target, drafter, optimizer, sampler.batch(step), step, settings)
@@ -169,14 +196,19 @@ def train(target, corpus: Corpus, first: dict, folder: Path, settings: DistillSe
                 held_out = evaluate(target, drafter, sampler)
                 if held_out["match"] > best.get("match", -1.0):
                     best = held_out
-                    pruned.save(folder, own, settings.num_layers, _card(target, corpus, step, settings, held_out))
+                    card = _card(target, target_name, step, settings, held_out)
+                    drafter_folder.write(best_folder, pruned.KIND, own, card)
+                    drafter_folder.publish(best_folder, folder, pruned.KIND)
+            is_whole = True
             on_progress(Progress("training", step * step_tokens, settings.num_steps * step_tokens, best, loss))
             if time.monotonic() - saved > settings.checkpoint_seconds:
                 _save(checkpoint, own, optimizer, step, best, settings)
                 saved = time.monotonic()
     finally:
-        # Also on Ctrl-C: a step is either whole in the checkpoint or not in it at all.
-        _save(checkpoint, own, optimizer, step, best, settings)
+        # Also on Ctrl-C; but in the middle of a step parameters and optimizer do not fit together, and the last
+        # checkpoint stands.
+        if is_whole:
+            _save(checkpoint, own, optimizer, step, best, settings)
     return best
 
 
@@ -236,9 +268,10 @@ def evaluate(target, drafter, sampler) -> dict:
             "accepted_at_4": accepted.mean().item() if len(accepted) else 0.0}
 
 
-def _card(target, corpus, step, settings, held_out):
+def _card(target, target_name, step, settings, held_out):
     """What the drafter's card tells: for which target, from what, how good."""
-    return {"target": {"name": corpus.target_name, "class": type(target).__name__,
+    return {"num_layers": settings.num_layers,
+            "target": {"name": target_name, "identity": target_identity(target), "class": type(target).__name__,
                        "hidden_size": target.config.get_text_config().hidden_size,
                        "vocabulary": target.config.get_text_config().vocab_size},
             "trained": {"steps": step, "tokens_of_text": settings.corpus.num_shards * settings.corpus.rows
@@ -256,24 +289,40 @@ def _save(file, own, optimizer, step, best, settings):
                 tensors[f"{name}/{key}"] = state[name]
     with atomic_file(file) as temporary:
         save_file(tensors, temporary, metadata={
-            "step": str(step), "best": json.dumps(best), "settings": json.dumps(settings.identity)})
+            "step": str(step), "best": json.dumps(best), "settings": json.dumps(settings.identity),
+            "digest": _digest(tensors)})
+
+
+def _digest(tensors):
+    """A hash of named tensors, to tell a damaged checkpoint."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _restore(file, own, optimizer, settings):
     """Put parameters and optimizer back as they were; returns the step reached and the best figures so far."""
     if not file.exists():
         return 0, {}
-    device = next(iter(own.values())).device
-    with safe_open(file, "pt", device=str(device)) as stored:
-        metadata = stored.metadata()
-        if json.loads(metadata["settings"]) != settings.identity:
-            raise ModelError(f"{file} belongs to a run with other settings: delete it to start anew, "
-                             "or choose another work folder")
-        step = int(metadata["step"])
-        names = set(stored.keys())
-        with torch.no_grad():
-            for key, parameter in own.items():
-                parameter.copy_(stored.get_tensor(key))
-                if f"exp_avg/{key}" in names:
-                    optimizer.state[parameter] = {name: stored.get_tensor(f"{name}/{key}") for name in OPTIMIZER_STATE}
-    return step, json.loads(metadata["best"])
+    try:
+        with safe_open(file, "pt") as stored:
+            metadata = stored.metadata()
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}
+        if metadata["digest"] != _digest(tensors):
+            raise ValueError("its contents are not what was written")
+        step, best, identity = int(metadata["step"]), json.loads(metadata["best"]), json.loads(metadata["settings"])
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ModelError(f"{file} is damaged ({error!r}): delete it to train anew on the same text") from error
+    if identity != settings.identity:
+        raise ModelError(f"{file} belongs to a run with other settings: delete it to start anew, "
+                         "or choose another work folder")
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(tensors[key])
+            if f"exp_avg/{key}" in tensors:
+                optimizer.state[parameter] = {
+                    name: tensors[f"{name}/{key}"].to("cpu" if name == "step" else parameter.device)
+                    for name in OPTIMIZER_STATE}
+    return step, best

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from speckv.cache import CachedModel, check_rollback, context_limit, vocabulary_size
+from speckv.cache import CachedModel, check_rollback, context_limit, rope_switch, vocabulary_size
 
 
 class Drafter(Protocol):
@@ -11,6 +11,7 @@ class Drafter(Protocol):
     name: str
     vocabulary: int
     context: int | None
+    rope_switch: int | None  # see speckv.cache.rope_switch
 
     def open(self) -> "DraftSession":
         """Start on a new sequence."""
@@ -35,6 +36,7 @@ class CausalLMDrafter:
         self.name = type(model).__name__
         self.vocabulary = vocabulary_size(model)
         self.context = context_limit(model)
+        self.rope_switch = rope_switch(model)
 
     def open(self):
         return _CausalLMSession(self.model)
@@ -53,4 +55,4 @@ class _CausalLMSession:
 
 def as_drafter(drafter) -> Drafter:
     """A drafter object as it is; a transformers model wrapped in one."""
-    return drafter if hasattr(drafter, "open") else CausalLMDrafter(drafter)
+    return drafter if hasattr(drafter, "open") and hasattr(drafter, "vocabulary") else CausalLMDrafter(drafter)

@@ -8,6 +8,10 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from speckv.errors import InputError
+
 
 def cache_folder() -> Path:
     """SPECKV_CACHE if set, else the platform's cache folder for speckv."""
@@ -16,7 +20,7 @@ def cache_folder() -> Path:
     try:
         from platformdirs import user_cache_path
     except ImportError:
-        raise ImportError("speckv needs a cache folder: set SPECKV_CACHE, or pip install platformdirs") from None
+        raise InputError("speckv needs a cache folder: set SPECKV_CACHE, or pip install platformdirs") from None
     return user_cache_path("speckv", appauthor=False)
 
 
@@ -61,10 +65,33 @@ def atomic_folder(folder: Path):
         yield temporary
         os.chmod(temporary, 0o755)
         if folder.exists():
-            shutil.rmtree(folder)
+            # A folder cannot be renamed over one that is not empty.
+            os.replace(folder, temporary.with_name(temporary.name + ".old"))
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary.with_name(temporary.name + ".old"), ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path, doing: str, wait: bool):
+    """Hold the lock of a folder; another process that holds it is waited for, or is an InputError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=-1 if wait else 0):
+            yield
+    except Timeout:
+        raise InputError(f"another process is {doing} in {folder}: wait for it, or choose another folder") from None
+
+
+def check_writable(folder: Path) -> None:
+    """Raise InputError unless files can be written in `folder`, which is made if need be."""
+    try:
+        with atomic_file(Path(folder) / ".probe") as temporary:
+            temporary.write_bytes(b"x")
+        (Path(folder) / ".probe").unlink()
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to ({error}): choose another folder") from error
 
 
 def write_json(file: Path, content) -> None:

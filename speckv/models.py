@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from speckv import pruned
+from speckv import drafter_folder, pruned
 from speckv.cache import vocabulary_size
 from speckv.errors import ModelError
-from speckv.files import atomic_folder, cache_folder, sha256
+from speckv.files import atomic_folder, cache_folder, check_writable, locked, sha256
 
 COMPRESSIONS = ("bf16", "fp16", "fp32", "int8", "nf4")
+# What a missing, truncated or ill-fitting checkpoint makes transformers raise.
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 EMBEDDED = "smollm2"
@@ -42,20 +45,35 @@ def load_target(name_or_path: str = EMBEDDED, compression: str = "bf16", device=
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if compression not in COMPRESSIONS:
-        raise ModelError(f"unknown compression {compression!r}: choose one of {', '.join(COMPRESSIONS)}")
-    device = torch.device(device) if device is not None else default_device()
+    check_compression(compression)
+    device = _device(device)
     settings = _loading_settings(compression, device)
     source = embedded_model() if name_or_path == EMBEDDED else name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, **settings)
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"{name_or_path!r} does not load as a causal language model: {error}") from error
     if compression in DTYPES:
         model = model.to(device)
     model.speckv_compression = compression
     return model.eval(), tokenizer
+
+
+def check_compression(compression: str) -> None:
+    """Raise ModelError for a name that is not one of COMPRESSIONS."""
+    if compression not in COMPRESSIONS:
+        raise ModelError(f"unknown compression {compression!r}: choose one of {', '.join(COMPRESSIONS)}")
+
+
+def _device(device):
+    if device is None:
+        return default_device()
+    try:
+        # An allocation, because naming a device that is not there is no error in itself.
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {device!r} cannot be used: {error}") from error
 
 
 def _loading_settings(compression, device):
@@ -85,10 +103,13 @@ def embedded_model() -> Path:
     if _is_intact(folder):
         return folder
     gguf_file = _embedded_gguf()
-    with atomic_folder(folder) as temporary:
-        _convert(gguf_file, temporary)
-        hashes = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
-        (temporary / "hashes.json").write_text(json.dumps(hashes, indent=2))
+    check_writable(folder.parent)
+    with locked(folder.parent, "converting the embedded model", wait=True):
+        if not _is_intact(folder):  # another process may just have made it
+            with atomic_folder(folder) as temporary:
+                _convert(gguf_file, temporary)
+                hashes = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
+                (temporary / "hashes.json").write_text(json.dumps(hashes, indent=2))
     return folder
 
 
@@ -104,8 +125,8 @@ def _converted_folder():
 def _is_intact(folder):
     try:
         hashes = json.loads((folder / "hashes.json").read_text())
-        return all(sha256(folder / name) == digest for name, digest in hashes.items())
-    except (OSError, ValueError):
+        return "model.safetensors" in hashes and all(sha256(folder / name) == digest for name, digest in hashes.items())
+    except (OSError, ValueError, TypeError, AttributeError):
         return False
 
 
@@ -150,12 +171,15 @@ def load_drafter(name_or_path: str, target):
     """
     from transformers import AutoModelForCausalLM
 
+    if not isinstance(name_or_path, str | Path):
+        raise ModelError(f"a drafter is loaded by name or folder, not from a {type(name_or_path).__name__}")
     folder = shipped_drafter() if name_or_path == EMBEDDED else Path(name_or_path)
-    if name_or_path == EMBEDDED or (folder / pruned.CARD_FILE).exists():
-        return pruned.load(folder, target)
+    if name_or_path == EMBEDDED or drafter_folder.is_drafter(folder):
+        card, tensors = drafter_folder.read(folder, pruned.KIND)
+        return pruned.load(target, tensors, card.get("num_layers"))
     try:
         drafter = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=target.get_input_embeddings().weight.dtype)
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(
             f"{name_or_path!r} is neither a drafter folder nor a causal language model: {error}") from error
     if vocabulary_size(drafter) != vocabulary_size(target):

@@ -22,6 +22,8 @@ class Fixed:
     gamma: int
 
     def __post_init__(self):
+        if type(self.gamma) is not int:
+            raise InputError(f"gamma is {self.gamma!r}: it must be a whole number")
         if self.gamma < 0:
             raise InputError(f"gamma is {self.gamma}: it must be 0 (plain decoding) or more")
 
@@ -38,8 +40,10 @@ POLICIES = "off, or fixed:N with N draft tokens a step"
 
 def parse_policy(policy) -> Policy:
     """A policy from its name on the command line; a policy object is returned as it is. Raises InputError."""
-    if not isinstance(policy, str):
+    if hasattr(policy, "max_draft"):
         return policy
+    if not isinstance(policy, str):
+        raise InputError(f"policy is {policy!r}: give a name ({POLICIES}) or an object with max_draft()")
     name, _, argument = policy.partition(":")
     if policy == "off":
         return Fixed(0)

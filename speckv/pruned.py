@@ -5,19 +5,12 @@ the pair takes hardly more memory than the target.
 """
 
 import copy
-import json
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from speckv.errors import ModelError
-from speckv.files import atomic_file, sha256, write_json
 
-WEIGHTS_FILE = "drafter.safetensors"
-CARD_FILE = "drafter.json"
 KIND = "pruned"
 
 
@@ -42,7 +35,7 @@ def prune(target, num_layers: int):
     the target. The result is a transformers model like any other.
     """
     name, layers = decoder_layers(target)
-    if not 1 <= num_layers < len(layers):
+    if type(num_layers) is not int or not 1 <= num_layers < len(layers):
         raise ModelError(f"num_layers is {num_layers}: choose 1 to {len(layers) - 1}, the target has {len(layers)}")
     config = copy.deepcopy(target.config)
     if hasattr(config, "quantization_config"):
@@ -52,7 +45,8 @@ def prune(target, num_layers: int):
     if getattr(text_config, "layer_types", None) is not None:
         text_config.layer_types = text_config.layer_types[:num_layers]
     with torch.device("meta"):
-        drafter = type(target)(config)
+        # eval() now: later it would reach the modules shared with the target.
+        drafter = type(target)(config).eval()
     for child_name, child in target.base_model.named_children():
         if child_name != name and not _is_norm(child):
             setattr(drafter.base_model, child_name, child)
@@ -66,7 +60,7 @@ def prune(target, num_layers: int):
             setattr(own_layers.get_submodule(path), buffer_name, computed[key])
     drafter.generation_config = copy.deepcopy(target.generation_config)
     drafter.name_or_path = f"{target.name_or_path}[:{num_layers}]"
-    return drafter.eval()
+    return drafter
 
 
 def own_state(drafter) -> dict:
@@ -88,7 +82,9 @@ def fill(drafter, tensors: dict, dtype, device) -> None:
                              f"wanted {list(wanted[key].shape)}; make one with 'speckv distill'")
     converted = {key: tensor.to(device, dtype) for key, tensor in tensors.items()}
     drafter.base_model.load_state_dict(converted, strict=False, assign=True)
-    drafter.requires_grad_(False)
+    for key, parameter in drafter.base_model.named_parameters():
+        if key in wanted:
+            parameter.requires_grad_(False)
 
 
 def first_layers(target, num_layers: int) -> dict:
@@ -101,44 +97,9 @@ def first_layers(target, num_layers: int) -> dict:
     return {key: state[key].detach().clone() for key in wanted}
 
 
-def save(folder: Path, tensors: dict, num_layers: int, card: dict) -> None:
-    """Write a drafter folder: weights in bf16, and a card with their size and hash and what `card` tells of them."""
-    folder = Path(folder)
-    stored = {key: tensor.detach().to("cpu", torch.bfloat16).contiguous() for key, tensor in tensors.items()}
-    with atomic_file(folder / WEIGHTS_FILE) as temporary:
-        save_file(stored, temporary, metadata={"format": "pt"})
-        identity = {"kind": KIND, "num_layers": num_layers, "bytes": temporary.stat().st_size,
-                    "sha256": sha256(temporary)}
-        # The card goes first: weights without their card are refused, and an old pair stays whole until the rename.
-        write_json(folder / CARD_FILE, identity | card)
-
-
-def read_card(folder: Path) -> dict:
-    """The card of a drafter folder; raises ModelError where there is none."""
-    try:
-        card = json.loads((Path(folder) / CARD_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} is not a drafter folder: {CARD_FILE} cannot be read ({error})") from error
-    if card.get("kind") != KIND:
-        raise ModelError(f"{folder} holds a drafter of kind {card.get('kind')!r}: this version knows {KIND!r}")
-    return card
-
-
-def load(folder: Path, target):
-    """The drafter of a folder, joined to the target. Size and hash are checked before anything is read."""
-    folder = Path(folder)
-    card = read_card(folder)
-    file = folder / WEIGHTS_FILE
-    advice = "fetch or make it again with 'speckv distill'"
-    if not file.is_file():
-        raise ModelError(f"{file} is missing: {advice}")
-    if file.stat().st_size != card.get("bytes") or sha256(file) != card.get("sha256"):
-        raise ModelError(f"{file} is corrupt: its size or hash is not what {CARD_FILE} says; {advice}")
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, ValueError) as error:
-        raise ModelError(f"{file} is corrupt ({error}): {advice}") from error
-    drafter = prune(target, card["num_layers"])
+def load(target, tensors: dict, num_layers: int):
+    """The drafter of these tensors, joined to the target; raises ModelError where they do not fit it."""
+    drafter = prune(target, num_layers)
     embedding = target.get_input_embeddings().weight
     fill(drafter, tensors, embedding.dtype, embedding.device)
     return drafter

@@ -1,10 +1,14 @@
 """What the command line prints while something runs: streamed tokens in colour, progress of a distillation."""
 
+import re
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.style import Style
 
-ACCEPTED_STYLE = "green"
+ACCEPTED_STYLE = Style(color="green")
+HALF_A_CHARACTER = "\ufffd"  # what a tokenizer makes of bytes that are not a whole character
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 STAGES = {"text": "the target writes", "training": "the drafter learns"}
 
 
@@ -17,11 +21,14 @@ def encode_prompt(tokenizer, prompt: str, raw: bool = False):
 
 
 class TokenPrinter:
-    """Prints tokens as they come, accepted draft tokens in colour; pass it as on_step to speckv.generate."""
+    """Prints tokens as they come, accepted draft tokens in colour; pass it as on_step to speckv.generate.
+
+    The text is the model's to the letter, but for control characters, with which it could command the terminal.
+    """
 
     def __init__(self, tokenizer, console: Console | None = None):
         self._tokenizer = tokenizer
-        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._console = console or Console()
         self._ids = []
         self._printed = 0  # characters
 
@@ -29,14 +36,20 @@ class TokenPrinter:
         for position, token in enumerate(tokens):
             self._ids.append(token)
             text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-            if text.endswith("\ufffd"):  # half of a character; the next token brings the rest
-                continue
-            style = ACCEPTED_STYLE if position < record.accepted else ""
-            self._console.print(Text(text[self._printed:], style=style), end="")
-            self._printed = len(text)
+            if not text.endswith(HALF_A_CHARACTER):  # else the next token brings the rest
+                self._print(text, position < record.accepted)
+
+    def _print(self, text, is_accepted):
+        new = CONTROL_CHARACTERS.sub(HALF_A_CHARACTER, text[self._printed:])
+        self._printed = len(text)
+        coloured = is_accepted and new and self._console.color_system is not None
+        # Not through Rich, which would turn tabs into spaces and break lines.
+        self._console.file.write(ACCEPTED_STYLE.render(new) if coloured else new)
+        self._console.file.flush()
 
     def finish(self):
-        self._console.print()
+        """Print what was held back, and end the line."""
+        self._print(self._tokenizer.decode(self._ids, skip_special_tokens=True) + "\n", False)
 
 
 class DistillProgress:

@@ -5,6 +5,8 @@ import torch
 from tiny_models import ARCHITECTURES, noisy_copy, prompt_ids, tiny_model
 
 import speckv
+from speckv.cache import CachedModel
+from speckv.drafters import CausalLMDrafter
 
 
 def plain(model, ids, max_new_tokens, **settings):
@@ -132,3 +134,54 @@ def test_the_models_are_as_they_were():
     for model, state in zip((target, drafter), before, strict=True):
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
         assert not model.training
+
+
+def test_the_output_can_be_trained_on():
+    # The usual next step of whoever samples for training; a tensor of inference mode would refuse it.
+    target = tiny_model()
+    sequences = speckv.generate(target, target, prompt_ids(), max_new_tokens=4).sequences
+    target(sequences, labels=sequences).loss.backward()
+    sequences += 1
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8])
+def test_the_ids_come_back_in_the_type_they_were_given_in(kind):
+    target = tiny_model()
+    output = speckv.generate(target, target, prompt_ids().to(kind), max_new_tokens=4)
+    assert output.sequences.dtype == kind
+    assert torch.equal(output.sequences.long(), plain(target, prompt_ids(), 4))
+
+
+@pytest.mark.parametrize("make", [torch.tensor, lambda ids: torch.tensor(ids[0]), tuple, set])
+def test_end_tokens_are_taken_in_any_usual_form(make):
+    target = tiny_model()
+    text = plain(target, prompt_ids(), 20)[0, 6:].tolist()
+    output = speckv.generate(target, target, prompt_ids(), max_new_tokens=20, eos_token_id=make([text[6]]))
+    assert output.new_tokens == text.index(text[6]) + 1
+
+
+def test_settings_of_the_generation_config_that_are_not_applied_are_named():
+    target = tiny_model()
+    target.generation_config.repetition_penalty = 1.3
+    with pytest.warns(UserWarning, match="does not apply repetition_penalty"):
+        speckv.generate(target, target, prompt_ids(), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("length", [5, 30])  # within the sliding window of 8, and beyond it
+def test_logits_after_a_rollback_are_those_of_a_fresh_pass(pair, length):
+    # A stale cache would not change the text, only make the drafter useless: nothing else would notice.
+    target, drafter = pair
+    ids, wrong, right = prompt_ids(length), prompt_ids(3, seed=1), prompt_ids(4, seed=2)
+    session = CausalLMDrafter(drafter).open()
+    cached = CachedModel(target)
+    with torch.inference_mode():
+        for model in (session, cached):
+            read = model.next_logits if model is session else lambda ids: cached.logits(ids, keep=1)[:, -1]
+            read(ids)
+            model.rollback(length)
+            for i in range(1, 4):
+                read(torch.cat([ids, wrong[:, :i]], dim=1))
+            model.rollback(length)
+            text = torch.cat([ids, right], dim=1)
+            expected = (drafter if model is session else target)(text).logits[:, -1]
+            torch.testing.assert_close(read(text), expected, rtol=1e-4, atol=1e-4)

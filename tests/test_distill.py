@@ -1,6 +1,7 @@
 """Distilling learns, can be interrupted anywhere without a trace, and leaves a drafter that loads."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from tiny_chat import tiny_tokenizer
 from tiny_models import prompt_ids, tiny_model
 
 import speckv
-from speckv import ModelError, distill, pruned
+from speckv import InputError, ModelError, distill, drafter_folder, pruned
 from speckv.corpus import ROLE_ANSWER, ROLE_QUESTION, Corpus, CorpusSettings, write_shard
 from speckv.distill import DistillSettings
+from speckv.files import locked
 
 END_OF_TURN = 3
 ROWS, LENGTH = 16, 40
@@ -91,13 +93,90 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_weights(target, finis
         run(target, tmp_path / "drafter", tmp_path / "work", stop_after)
     resumed, _ = run(target, tmp_path / "drafter", tmp_path / "work")
     assert resumed == best
-    for name in ("work/checkpoint-1-layers.safetensors", "drafter/drafter.safetensors"):
-        expected, got = load_file(root / name), load_file(tmp_path / name)
-        assert expected.keys() == got.keys()
-        assert all(torch.equal(expected[key], got[key]) for key in expected), name
-    shards = [json.loads((place / "work/corpus.json").read_text())["shards"] for place in (root, tmp_path)]
+    assert_same_run(root, tmp_path)
+
+
+def assert_same_run(root, other):
+    expected, got = (load_file(place / "work/checkpoint-1-layers.safetensors") for place in (root, other))
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    cards = [json.loads((place / "drafter/drafter.json").read_text()) for place in (root, other)]
+    assert cards[0] == cards[1], "the best drafter is the same, weights included"
+    shards = [json.loads((place / "work/corpus.json").read_text())["shards"] for place in (root, other)]
     assert shards[0] == shards[1] and len(shards[0]) == SETTINGS.corpus.num_shards
-    assert not list(tmp_path.rglob(".*")), "nothing half-written stays behind"
+    left = [file.name for file in other.rglob(".*") if file.name != ".lock"]
+    assert not left, "nothing half-written stays behind"
+
+
+def test_an_interruption_inside_an_update_leaves_no_half_of_it(target, finished, tmp_path, monkeypatch):
+    root, _, _ = finished
+    update, updates = torch.optim.AdamW.step, []
+
+    def interrupted(self, *args):
+        update(self, *args)
+        updates.append(None)
+        if len(updates) == 7:
+            raise KeyboardInterrupt  # parameters have moved, the step is not counted
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(target, tmp_path / "drafter", tmp_path / "work")
+    monkeypatch.undo()
+    run(target, tmp_path / "drafter", tmp_path / "work")
+    assert_same_run(root, tmp_path)
+
+
+def test_a_finished_run_fills_an_output_folder_that_was_lost(target, finished, tmp_path):
+    root, best, _ = finished
+    again, _ = run(target, tmp_path / "elsewhere", root / "work")
+    assert again == best
+    assert speckv.load_drafter(str(tmp_path / "elsewhere"), target) is not None
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("checkpoint-1-layers.safetensors", b"", "is damaged.*delete it"), ("corpus.json", b"{}", "is damaged"),
+    ("corpus.json", b"[", "is damaged")], ids=["empty checkpoint", "empty manifest", "half a manifest"])
+def test_a_damaged_work_folder_is_named(target, finished, tmp_path, name, content, words):
+    root, _, _ = finished
+    shutil.copytree(root / "work", tmp_path / "work")
+    (tmp_path / "work" / name).write_bytes(content)
+    with pytest.raises(ModelError, match=words):
+        run(target, tmp_path / "drafter", tmp_path / "work")
+
+
+def test_a_checkpoint_with_one_wrong_bit_is_refused(target, finished, tmp_path):
+    root, _, _ = finished
+    shutil.copytree(root / "work", tmp_path / "work")
+    file = tmp_path / "work" / "checkpoint-1-layers.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match="is damaged"):
+        run(target, tmp_path / "drafter", tmp_path / "work")
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_before_any_work(target, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written to"):
+        run(target, tmp_path / "file", tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_text_of_another_model_of_the_same_name_is_refused(target, finished, tmp_path):
+    root, _, _ = finished
+    other = tiny_model("llama", seed=8)
+    with pytest.raises(ModelError, match="choose another folder"):
+        run(other, tmp_path / "drafter", root / "work")
+
+
+def test_a_second_run_in_the_same_work_folder_is_refused(target, tmp_path):
+    with locked(tmp_path / "work", "distilling", wait=False), pytest.raises(InputError, match="another process"):
+        run(target, tmp_path / "drafter", tmp_path / "work")
+
+
+@pytest.mark.parametrize("changes", [{"epochs": float("nan")}, {"epochs": -1}, {"warmup_steps": 0}], ids=str)
+def test_settings_that_make_no_sense_are_refused(changes):
+    with pytest.raises(InputError, match="must be positive"):
+        DistillSettings(**{**vars(SETTINGS), **changes})
 
 
 def test_a_damaged_shard_is_written_again(target, tmp_path):
@@ -121,6 +200,7 @@ def test_a_work_folder_of_another_run_is_refused(target, finished):
 def test_the_drafter_loads_shares_the_targets_weights_and_is_lossless(target, finished):
     root, _, _ = finished
     drafter = speckv.load_drafter(str(root / "drafter"), target)
+    assert all(parameter.requires_grad for parameter in target.parameters()), "the target is as it was"
     assert drafter.get_input_embeddings() is target.get_input_embeddings()
     assert drafter.get_output_embeddings() is target.get_output_embeddings()
     assert len(drafter.model.layers) == 1
@@ -148,37 +228,61 @@ def test_the_first_layers_of_many_architectures_make_a_drafter(architecture):
 
 @pytest.fixture
 def folder(target, tmp_path):
-    pruned.save(tmp_path / "drafter", pruned.first_layers(target, 1), 1, {})
+    drafter_folder.write(tmp_path / "drafter", pruned.KIND, pruned.first_layers(target, 1), {"num_layers": 1})
     return tmp_path / "drafter"
 
 
+def weights(folder):
+    (file,) = folder.glob("*.safetensors")
+    return file
+
+
 def truncate(folder):
-    file = folder / pruned.WEIGHTS_FILE
-    file.write_bytes(file.read_bytes()[:-10])
+    weights(folder).write_bytes(weights(folder).read_bytes()[:-10])
 
 
 def flip_a_bit(folder):
-    file = folder / pruned.WEIGHTS_FILE
-    content = bytearray(file.read_bytes())
+    content = bytearray(weights(folder).read_bytes())
     content[-1] ^= 1
-    file.write_bytes(content)
+    weights(folder).write_bytes(content)
 
 
 def swap(folder):
-    save_file({"layers.0.x": torch.zeros(3)}, folder / pruned.WEIGHTS_FILE)
+    save_file({"layers.0.x": torch.zeros(3)}, weights(folder))
 
 
 def remove_weights(folder):
-    (folder / pruned.WEIGHTS_FILE).unlink()
+    weights(folder).unlink()
+
+
+def change_card(**changes):
+    def damage(folder):
+        card = json.loads((folder / "drafter.json").read_text())
+        (folder / "drafter.json").write_text(json.dumps(card | changes))
+    damage.__name__ = str(changes)
+    return damage
 
 
 def break_card(folder):
-    (folder / pruned.CARD_FILE).write_text("{")
+    (folder / "drafter.json").write_text("{")
+
+
+def make_card_a_list(folder):
+    (folder / "drafter.json").write_text("[]")
+
+
+def nest_card(folder):
+    (folder / "drafter.json").write_text("[" * 100_000)
 
 
 @pytest.mark.parametrize("damage, words", [
     (truncate, "is corrupt"), (flip_a_bit, "is corrupt"), (swap, "is corrupt"), (remove_weights, "is missing"),
-    (break_card, "cannot be read")], ids=lambda value: getattr(value, "__name__", ""))
+    (break_card, "cannot be read"), (make_card_a_list, "cannot be read"), (nest_card, "cannot be read"),
+    (change_card(kind="tree"), "kind 'tree'"), (change_card(file="../drafter.safetensors"), "no such file"),
+    (change_card(file=3), "no such file"), (change_card(bytes=1), "is corrupt"),
+    (change_card(num_layers=10 ** 9), "choose 1 to 2"), (change_card(num_layers="1"), "choose 1 to 2"),
+    (change_card(num_layers=None), "choose 1 to 2"), (change_card(num_layers=2), "do not fit this target"),
+], ids=lambda value: getattr(value, "__name__", ""))
 def test_a_damaged_drafter_is_refused_by_name(target, folder, damage, words):
     damage(folder)
     with pytest.raises(ModelError, match=words):

@@ -120,10 +120,19 @@ def test_an_extension_that_does_not_load_is_told_apart_from_one_that_is_missing(
 
 def test_the_folder_of_the_sources_is_not_taken_for_hugging_faces_kernels():
     assert SOURCE.name == "kernels"
-    result = python("import sys; sys.path.insert(0, ''); import kernels", cwd=SOURCE.parent)
+    result = python("import sys; sys.path.insert(0, ''); from kernels import get_kernel", cwd=SOURCE.parent)
     assert_import_error(result, "this folder is the source of speckv.kernels, not Hugging Face's 'kernels' library: "
-                                "import speckv.kernels, and run Python from outside the repository root (or with "
-                                "'python -P') to import the library")
+                                "import speckv.kernels, and to import the library start Python outside the repository "
+                                "root")
+
+
+def test_python_started_in_the_repository_root_works():
+    # There, transformers and bitsandbytes find the folder where they look for the library.
+    result = python("import sys; sys.path.insert(0, ''); import speckv.kernels, transformers.integrations; "
+                    "from transformers.utils import is_kernels_available; assert not is_kernels_available(); "
+                    "from speckv import generate, load_target; from transformers import LlamaForCausalLM",
+                    cwd=SOURCE.parent)
+    assert result.returncode == 0, result.stderr
 
 
 IMPORT = """
