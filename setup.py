@@ -67,6 +67,6 @@ def extension():
 setup(
     packages=[*find_packages(include=["speckv", "speckv.*"]), "speckv.kernels"],
     package_dir={"speckv.kernels": "kernels"},
-    package_data={"speckv": ["weights/*"]},
+    package_data={"speckv": ["weights/*/*"]},
     **(extension() if os.environ.get("SPECKV_BUILD_CPP", "1") != "0" else {}),
 )
