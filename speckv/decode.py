@@ -47,7 +47,7 @@ def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128
         if on_step is not None:
             on_step(tokens, record)
     new_ids = run.ids[:, settings.prompt.shape[1]:run.length]
-    sequences = torch.cat([input_ids, new_ids.to(input_ids)], dim=1)
+    sequences = torch.cat([input_ids.long(), new_ids.to(input_ids.device)], dim=1)
     finished = time.perf_counter()
     return SpecOutput(sequences, input_ids.shape[1], finished - started, prefilled - started, steps)
 

@@ -145,11 +145,10 @@ def test_the_output_can_be_trained_on():
 
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.uint8])
-def test_the_ids_come_back_in_the_type_they_were_given_in(kind):
+def test_ids_of_any_whole_type_are_taken_and_come_back_as_int64(kind):
     target = tiny_model()
     output = speckv.generate(target, target, prompt_ids().to(kind), max_new_tokens=4)
-    assert output.sequences.dtype == kind
-    assert torch.equal(output.sequences.long(), plain(target, prompt_ids(), 4))
+    assert torch.equal(output.sequences, plain(target, prompt_ids(), 4))
 
 
 @pytest.mark.parametrize("make", [torch.tensor, lambda ids: torch.tensor(ids[0]), tuple, set])
