@@ -12,7 +12,7 @@ from speckv.policy import parse_policy
 from speckv.records import SpecOutput
 from speckv.terminal import ACCEPTED_STYLE, TokenPrinter, encode_prompt
 
-TABLE_WIDTH = 110
+TABLE_WIDTH = 118
 PROMPTS = {
     "code": "Write a Python function that returns the n-th Fibonacci number, with a docstring.",
     "math": "A train travels 60 km in the first hour and 45 km in each of the next three hours. How far does it "
@@ -97,7 +97,8 @@ def table(cells: list, policy: str) -> Table:
     result = Table(title=f"plain decoding against {policy}")
     for column in ("compression", "task", "plain tok/s", f"{policy} tok/s", "ratio", "tokens/step", "accepted",
                    "same text"):
-        result.add_column(column, justify="left" if column in ("compression", "task") else "right")
+        result.add_column(column, justify="left" if column in ("compression", "task") else "right",
+                          no_wrap=True)
     for compression in dict.fromkeys(cell.compression for cell in cells):
         group = [cell for cell in cells if cell.compression == compression]
         for cell in group:
