@@ -35,14 +35,19 @@ class CachedModel:
         # Without this a sliding window drops the tokens that a rollback would bring back into view.
         self._cache.activate_past_recording()
 
-    def logits(self, ids, keep: int):
-        """Feed what is new in ids [B, n] and return the logits [B, keep, V] after each of its last `keep` tokens."""
-        output = self.model(ids[:, self.length:], past_key_values=self._cache, use_cache=True, logits_to_keep=keep)
+    def read(self, ids, keep: int, with_hidden: bool = False):
+        """Feed what is new in ids [B, n], m tokens.
+
+        Returns the logits [B, keep, V] after each of the last `keep` tokens, and the model's last hidden states
+        [B, m, H] of all m where asked for, else None.
+        """
+        output = self.model(ids[:, self.length:], past_key_values=self._cache, use_cache=True, logits_to_keep=keep,
+                            output_hidden_states=with_hidden)
         self.length = ids.shape[1]
         if self._cache.get_seq_length() != self.length:
             raise ModelError(f"{type(self.model).__name__} does not keep what it reads in its cache: speckv cannot "
                              "decode with it; use transformers' generate")
-        return output.logits
+        return output.logits, output.hidden_states[-1] if with_hidden else None
 
     def rollback(self, length: int) -> None:
         """Forget all but the first `length` tokens; harmless where fewer are cached."""

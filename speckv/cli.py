@@ -93,7 +93,10 @@ def demo(
 def distill(
     output: Annotated[Path, typer.Option(help="Folder for the drafter; the best so far is always there.")],
     target: Target = EMBEDDED,
-    layers: Annotated[int, typer.Option(min=1, help="How many of the target's layers the drafter keeps.")] = 2,
+    kind: Annotated[str, typer.Option(
+        help="'head': one layer that continues the target's hidden states, the cheapest drafter; 'lm': the target's "
+             "first layers, a language model of its own.")] = "head",
+    layers: Annotated[int, typer.Option(min=1, help="How many layers an 'lm' drafter keeps.")] = 2,
     tokens: Annotated[int, typer.Option(min=1, help="How much text the target writes to train on.")] = 400_000,
     epochs: Annotated[float, typer.Option(help="How often the text is trained on.")] = 10.0,
     work: Annotated[Path | None, typer.Option(
@@ -101,7 +104,7 @@ def distill(
     ] = None,
     threads: Threads = None,
 ):
-    """Make a drafter for a target: it writes its own training text, and its first layers learn to write it too.
+    """Make a drafter for a target: it writes its own training text, and the drafter learns to write it too.
 
     Interrupt it at any time; the same command goes on where it stopped. Example:
 
@@ -115,7 +118,7 @@ def distill(
     from speckv.terminal import DistillProgress
 
     _set_threads(threads)
-    settings = DistillSettings(num_layers=layers, corpus=CorpusSettings(tokens=tokens), epochs=epochs)
+    settings = DistillSettings(kind=kind, num_layers=layers, corpus=CorpusSettings(tokens=tokens), epochs=epochs)
     model, tokenizer = load_target(target, "bf16")
     work = work or cache_folder() / "distill" / target.replace("/", "--")
     try:

@@ -65,6 +65,7 @@ class _Run:
         self._eos_ids = settings.eos_ids
         self._target = CachedModel(target)
         self._draft = drafter.open() if drafter is not None else None
+        self._wants_hidden = drafter is not None and drafter.wants_hidden
         self._temperature = torch.full((1,), settings.temperature, device=device)
         self._random = torch.Generator()
         self._random.manual_seed(settings.seed) if settings.seed is not None else self._random.seed()
@@ -75,10 +76,18 @@ class _Run:
         prompt = self.ids[:, :self.length - 1]
         if prompt.shape[1] == 0 or self.finished:
             return
-        self._target.logits(prompt, keep=1)
+        self._read(prompt, keep=1)
         self._target.rollback(self.length - 1)
         if checked_gamma(policy, self._draft) > 0:
             self._draft.next_logits(prompt)
+
+    def _read(self, ids, keep):
+        """The target's logits [1, keep, V] after the last tokens of ids; the drafter sees the hidden states."""
+        start = self._target.length
+        logits, hidden = self._target.read(ids, keep, self._wants_hidden)
+        if self._wants_hidden:
+            self._draft.observe(hidden, start)
+        return logits
 
     @torch.inference_mode()
     def step(self, policy):
@@ -91,7 +100,7 @@ class _Run:
         draft_tokens, draft_logits, signals = self._draft_tokens(gamma, uniform[:, gamma + 1:])
         drafted = time.perf_counter()
 
-        target_logits = self._target.logits(self.ids[:, :self.length + gamma], keep=gamma + 1)
+        target_logits = self._read(self.ids[:, :self.length + gamma], keep=gamma + 1)
         if draft_logits is None:
             draft_logits = target_logits[:, :0]
         tokens, _ = verify_chain(target_logits, draft_logits, draft_tokens, draft_tokens.new_full((1,), gamma),

@@ -1,8 +1,7 @@
 """Train a drafter for a given target on text the target wrote itself.
 
-The drafter is the target's first layers (speckv/pruned.py) trained on the target's full distribution at every position
-of its answers. Both halves can be interrupted at any moment: text is kept in finished shards, training in checkpoints,
-and what a step trains on depends only on its number.
+Both halves can be interrupted at any moment: text is kept in finished shards, training in checkpoints, and what a step
+trains on depends only on its number. What a drafter learns from a batch is told in speckv/students.py.
 """
 
 import hashlib
@@ -17,15 +16,17 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.nn import functional as F
 
-from speckv import drafter_folder, pruned
+from speckv import drafter_folder, head, pruned
+from speckv.cache import vocabulary_size
 from speckv.corpus import ROLE_ANSWER, Corpus, CorpusSettings, target_identity, write_shard
 from speckv.errors import InputError, ModelError
 from speckv.files import atomic_file, check_writable, locked
+from speckv.students import HeadStudent, PrunedStudent, evaluate, head_logits
 
 HELD_OUT_ROWS = 32  # the first rows of shard 0; never trained on
-MATCH_GAMMA = 4
+HELD_OUT_BATCH = 8
+KINDS = {"lm": pruned.KIND, "head": head.KIND}
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -33,7 +34,9 @@ OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 class DistillSettings:
     """What to train and on how much. Everything but checkpoint_seconds is part of a run's identity."""
 
-    num_layers: int = 2
+    kind: str = "head"
+    num_layers: int = 2         # of a pruned drafter
+    head_tokens: int = 16_384   # how many different tokens a head can draft
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     epochs: float = 10.0
     batch_rows: int = 4
@@ -44,8 +47,10 @@ class DistillSettings:
     checkpoint_seconds: float = 120.0
 
     def __post_init__(self):
-        numbers = (self.epochs, self.corpus.tokens, self.batch_rows, self.loss_positions, self.warmup_steps,
-                   self.evaluate_every)
+        if self.kind not in KINDS:
+            raise InputError(f"unknown kind of drafter {self.kind!r}: choose one of {', '.join(KINDS)}")
+        numbers = (self.num_layers, self.head_tokens, self.epochs, self.corpus.tokens, self.batch_rows,
+                   self.loss_positions, self.warmup_steps, self.evaluate_every)
         if not all(math.isfinite(number) and number > 0 for number in numbers):
             raise InputError(f"tokens, epochs and the other numbers of a distillation must be positive: {self}")
 
@@ -78,14 +83,14 @@ def distill(target, tokenizer, folder, work_folder, settings: DistillSettings, t
     it stopped. Raises ModelError for a target that cannot be pruned, and where work_folder belongs to another run.
     """
     folder, work_folder = Path(folder), Path(work_folder)
-    first = pruned.first_layers(target, settings.num_layers)
     _check_head(target)
+    pruned.first_layers(target, settings.num_layers)  # refuses what cannot be pruned, before any work
     check_writable(folder)
     check_writable(work_folder)
     with locked(work_folder, "distilling", wait=False), _frozen(target):
         corpus = Corpus(work_folder, settings.corpus, target_identity(target))
         write_text(target, tokenizer, corpus, on_progress)
-        return train(target, corpus, first, folder, settings, target_name, on_progress)
+        return train(target, corpus, folder, settings, target_name, on_progress)
 
 
 @contextmanager
@@ -117,14 +122,6 @@ def write_text(target, tokenizer, corpus: Corpus, on_progress) -> None:
         written = finished
 
 
-def head_logits(model, hidden):
-    """The model's logits from its last hidden states, soft cap included (Gemma 2)."""
-    head = model.get_output_embeddings()
-    logits = head(hidden.to(head.weight.dtype))
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
-
-
 @torch.no_grad()
 def _check_head(target):
     """Refuse a model that does something else between its hidden states and its logits."""
@@ -152,6 +149,18 @@ class _Sampler:
         first = step * self._batch
         return self.gather([self._row(first + i) for i in range(self._batch)])
 
+    def held_out(self):
+        """The held-out rows, a few at a time."""
+        for first in range(0, HELD_OUT_ROWS, HELD_OUT_BATCH):
+            yield self.gather(range(first, min(first + HELD_OUT_BATCH, HELD_OUT_ROWS)))
+
+    def frequent_tokens(self, count, vocabulary):
+        """The ids [count] of the tokens that the target writes most, ascending; lower ids first among equals."""
+        written = torch.zeros(vocabulary, dtype=torch.int64)
+        for tokens, roles in self._small:
+            written += torch.bincount(tokens[roles == ROLE_ANSWER].long(), minlength=vocabulary)
+        return written.argsort(descending=True, stable=True)[:count].sort().values
+
     def _row(self, position):
         epoch, place = divmod(position, len(self._rows))
         order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(self._seed + epoch))
@@ -165,24 +174,25 @@ class _Sampler:
         return tokens, roles, hidden
 
 
-def train(target, corpus: Corpus, first: dict, folder: Path, settings: DistillSettings, target_name: str,
-          on_progress) -> dict:
-    """Train from `first` (name -> tensor); checkpoints in the corpus folder, the best drafter so far in `folder`."""
-    device = target.device
-    drafter = pruned.prune(target, settings.num_layers)
-    pruned.fill(drafter, first, torch.float32, device)
-    own = {key: parameter for key, parameter in drafter.base_model.named_parameters()
-           if key in pruned.own_state(drafter)}
+def train(target, corpus: Corpus, folder: Path, settings: DistillSettings, target_name: str, on_progress) -> dict:
+    """Train on the corpus; checkpoints in its folder, the best drafter so far in `folder`."""
+    sampler = _Sampler(corpus, settings)
+    if settings.kind == "head":
+        student = HeadStudent(target, sampler.frequent_tokens(settings.head_tokens, vocabulary_size(target)))
+        name = "head"
+    else:
+        student = PrunedStudent(target, settings.num_layers)
+        name = f"{settings.num_layers}-layers"
+    own = student.own
     for parameter in own.values():
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(own.values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    checkpoint = corpus.folder / f"checkpoint-{settings.num_layers}-layers.safetensors"
-    best_folder = corpus.folder / f"best-{settings.num_layers}-layers"
+    checkpoint = corpus.folder / f"checkpoint-{name}.safetensors"
+    best_folder = corpus.folder / f"best-{name}"
     step, best = _restore(checkpoint, own, optimizer, settings)
     if best:
         # The output folder may be a new one, or may have been lost since the interruption.
-        drafter_folder.publish(best_folder, folder, pruned.KIND)
-    sampler = _Sampler(corpus, settings)
+        drafter_folder.publish(best_folder, folder, student.kind)
     step_tokens = settings.batch_rows * corpus.settings.length
     saved, is_whole = time.monotonic(), True
     try:
@@ -190,15 +200,14 @@ def train(target, corpus: Corpus, first: dict, folder: Path, settings: DistillSe
             is_whole = False
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(step, settings)
-            loss = _train_step(target, drafter, optimizer, sampler.batch(step), step, settings)
+            loss = _update(student, optimizer, sampler.batch(step), step, settings)
             step += 1
             if step % settings.evaluate_every == 0 or step == settings.num_steps:
-                held_out = evaluate(target, drafter, sampler)
-                if held_out["match"] > best.get("match", -1.0):
+                held_out = evaluate(student, sampler.held_out())
+                if held_out["accepted_at_4"] > best.get("accepted_at_4", -1.0):
                     best = held_out
-                    card = _card(target, target_name, step, settings, held_out)
-                    drafter_folder.write(best_folder, pruned.KIND, own, card)
-                    drafter_folder.publish(best_folder, folder, pruned.KIND)
+                    student.save(best_folder, _card(target, target_name, step, settings, held_out))
+                    drafter_folder.publish(best_folder, folder, student.kind)
             is_whole = True
             on_progress(Progress("training", step * step_tokens, settings.num_steps * step_tokens, best, loss))
             if time.monotonic() - saved > settings.checkpoint_seconds:
@@ -212,22 +221,12 @@ def train(target, corpus: Corpus, first: dict, folder: Path, settings: DistillSe
     return best
 
 
-def _train_step(target, drafter, optimizer, batch, step, settings):
-    """One update: cross-entropy against the target's full distribution at some positions of its answers."""
-    tokens, roles, hidden = batch
-    device = target.device
-    # Position i predicts token i + 1, so what counts is whether that one was the target's own.
-    answers = (roles[:, 1:] == ROLE_ANSWER).flatten().nonzero().flatten()
+def _update(student, optimizer, batch, step, settings):
+    """One update; returns the loss, or None where the rows hold nothing to learn from."""
     generator = torch.Generator().manual_seed(settings.corpus.seed * 7_919 + step)
-    chosen = answers[torch.randperm(len(answers), generator=generator)[:settings.loss_positions]]
-    if len(chosen) == 0:  # short rows may hold questions only
+    loss = student.loss(batch, settings.loss_positions, generator)
+    if loss is None:
         return None
-    with torch.autocast(device.type, torch.bfloat16):
-        output = drafter.base_model(tokens[:, :-1].to(device), use_cache=False).last_hidden_state
-        logits = head_logits(drafter, output.flatten(0, 1)[chosen.to(device)])
-        with torch.no_grad():
-            teacher = head_logits(target, hidden[:, :-1].flatten(0, 1)[chosen].to(device)).float().softmax(-1)
-    loss = F.cross_entropy(logits.float(), teacher)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
@@ -241,37 +240,9 @@ def _learning_rate(step, settings):
     return settings.learning_rate * warm * (1 - 0.95 * step / settings.num_steps)
 
 
-@torch.no_grad()
-def evaluate(target, drafter, sampler) -> dict:
-    """Held-out figures, in the target's own answers.
-
-    match: share of positions where the drafter's first choice is the target's. accepted: mean number of draft tokens
-    a greedy target would accept at gamma 4, counted where its text is its own first choice four tokens on.
-    """
-    matches, chains = [], []
-    for first in range(0, HELD_OUT_ROWS, 8):
-        tokens, roles, hidden = sampler.gather(range(first, first + 8))
-        with torch.autocast(target.device.type, torch.bfloat16):
-            output = drafter.base_model(tokens.to(target.device), use_cache=False).last_hidden_state
-        for row in range(len(tokens)):
-            positions = (roles[row, 1:] == ROLE_ANSWER).nonzero().flatten()
-            choice = head_logits(target, hidden[row, positions].to(target.device)).argmax(-1).cpu()
-            drafted = head_logits(drafter, output[row, positions.to(output.device)]).argmax(-1).cpu()
-            match = drafted == choice
-            greedy = choice == tokens[row, positions + 1]
-            matches.append(match)
-            if len(match) >= MATCH_GAMMA:
-                follows = greedy.unfold(0, MATCH_GAMMA, 1).all(-1)
-                chains.append(match.unfold(0, MATCH_GAMMA, 1)[follows].long().cumprod(-1).sum(-1))
-    match, accepted = (torch.cat(pieces).float() if pieces else torch.zeros(0) for pieces in (matches, chains))
-    return {"match": match.mean().item() if len(match) else 0.0,
-            "accepted_at_4": accepted.mean().item() if len(accepted) else 0.0}
-
-
 def _card(target, target_name, step, settings, held_out):
     """What the drafter's card tells: for which target, from what, how good."""
-    return {"num_layers": settings.num_layers,
-            "target": {"name": target_name, "identity": target_identity(target), "class": type(target).__name__,
+    return {"target": {"name": target_name, "identity": target_identity(target), "class": type(target).__name__,
                        "hidden_size": target.config.get_text_config().hidden_size,
                        "vocabulary": target.config.get_text_config().vocab_size},
             "trained": {"steps": step, "tokens_of_text": settings.corpus.num_shards * settings.corpus.rows

@@ -51,8 +51,8 @@ def is_drafter(folder: Path) -> bool:
         return False
 
 
-def read(folder: Path, kind: str) -> tuple:
-    """The card and the tensors of a drafter of this kind; size and hash are checked before anything is loaded.
+def read(folder: Path, kinds: tuple) -> tuple:
+    """The card and the tensors of a drafter of one of these kinds; size and hash are checked before anything is loaded.
 
     Raises ModelError where something is missing, damaged, of another kind, or not what the card says.
     """
@@ -63,8 +63,8 @@ def read(folder: Path, kind: str) -> tuple:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(
             f"{folder} is not a drafter folder: {CARD_FILE} cannot be read ({error!r}); {ADVICE}") from error
-    if found != kind:
-        raise ModelError(f"{folder} holds a drafter of kind {found!r}: this version knows {kind!r}")
+    if found not in kinds:
+        raise ModelError(f"{folder} holds a drafter of kind {found!r}: this version knows {', '.join(kinds)}")
     if not isinstance(name, str) or not WEIGHTS_NAME.fullmatch(name):
         raise ModelError(f"{folder}: {CARD_FILE} names {name!r} as its weights, which is no such file; {ADVICE}")
     file = folder / name
@@ -80,6 +80,6 @@ def read(folder: Path, kind: str) -> tuple:
 
 def publish(source: Path, folder: Path, kind: str) -> None:
     """Make `folder` hold the drafter that `source` holds."""
-    card, tensors = read(source, kind)
+    card, tensors = read(source, (kind,))
     write(folder, kind, tensors, {key: value for key, value in card.items()
                                   if key not in ("kind", "file", "bytes", "sha256")})

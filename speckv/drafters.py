@@ -12,6 +12,7 @@ class Drafter(Protocol):
     vocabulary: int
     context: int | None
     rope_switch: int | None  # see speckv.cache.rope_switch
+    wants_hidden: bool       # whether its sessions are to be shown the target's last hidden states
 
     def open(self) -> "DraftSession":
         """Start on a new sequence."""
@@ -23,12 +24,17 @@ class DraftSession(Protocol):
     def next_logits(self, ids):
         """Logits [B, V] of the token that follows ids [B, n]; ids extends what was seen, up to rollbacks."""
 
+    def observe(self, hidden, start: int) -> None:
+        """The target's last hidden states [B, n, H] of positions start, start + 1, ...; called if wants_hidden."""
+
     def rollback(self, length: int) -> None:
         """Only the first `length` tokens of the sequence stand; forget the rest."""
 
 
 class CausalLMDrafter:
     """Any causal language model that shares the target's tokenizer."""
+
+    wants_hidden = False
 
     def __init__(self, model):
         check_rollback(model, "drafter")
@@ -47,7 +53,7 @@ class _CausalLMSession:
         self._model = CachedModel(model)
 
     def next_logits(self, ids):
-        return self._model.logits(ids, keep=1)[:, -1]
+        return self._model.read(ids, keep=1)[0][:, -1]
 
     def rollback(self, length):
         self._model.rollback(length)

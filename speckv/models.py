@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from speckv import drafter_folder, pruned
+from speckv import drafter_folder, head, pruned
 from speckv.cache import vocabulary_size
 from speckv.errors import ModelError
 from speckv.files import atomic_folder, cache_folder, check_writable, locked, sha256
@@ -163,7 +163,7 @@ def shipped_drafter() -> Path:
 
 
 def load_drafter(name_or_path: str, target):
-    """Load a drafter for a target that load_target gave, as a transformers model.
+    """Load a drafter for a target that load_target gave: a transformers model, or a speckv.head.FeatureHead.
 
     name_or_path is "smollm2" (the shipped one), a folder that 'speckv distill' wrote, or any causal language model
     by folder or Hugging Face name, loaded in the target's dtype. Raises ModelError for a file that is corrupt or
@@ -175,8 +175,9 @@ def load_drafter(name_or_path: str, target):
         raise ModelError(f"a drafter is loaded by name or folder, not from a {type(name_or_path).__name__}")
     folder = shipped_drafter() if name_or_path == EMBEDDED else Path(name_or_path)
     if name_or_path == EMBEDDED or drafter_folder.is_drafter(folder):
-        card, tensors = drafter_folder.read(folder, pruned.KIND)
-        return pruned.load(target, tensors, card.get("num_layers"))
+        card, tensors = drafter_folder.read(folder, (pruned.KIND, head.KIND))
+        return head.build(target, tensors) if card["kind"] == head.KIND else pruned.load(
+            target, tensors, card.get("num_layers"))
     try:
         drafter = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=target.get_input_embeddings().weight.dtype)
     except LOADING_ERRORS as error:

@@ -1,5 +1,6 @@
 """Distilling learns, can be interrupted anywhere without a trace, and leaves a drafter that loads."""
 
+import dataclasses
 import json
 import shutil
 
@@ -18,8 +19,8 @@ from speckv.files import locked
 END_OF_TURN = 3
 ROWS, LENGTH = 16, 40
 SETTINGS = DistillSettings(
-    num_layers=1, corpus=CorpusSettings(tokens=2 * ROWS * LENGTH, rows=ROWS, length=LENGTH), epochs=3, batch_rows=4,
-    warmup_steps=2, evaluate_every=6, checkpoint_seconds=0.05)
+    kind="lm", num_layers=1, head_tokens=50, epochs=3, batch_rows=4, warmup_steps=2, evaluate_every=6,
+    corpus=CorpusSettings(tokens=2 * ROWS * LENGTH, rows=ROWS, length=LENGTH), checkpoint_seconds=0.05)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,10 +53,15 @@ def run(target, folder, work, stop_after=None, settings=SETTINGS):
     return distill.distill(target, tiny_tokenizer(), folder, work, settings, "tiny", on_progress), calls
 
 
+@pytest.fixture(scope="module", params=["lm", "head"])
+def settings(request):
+    return dataclasses.replace(SETTINGS, kind=request.param)
+
+
 @pytest.fixture(scope="module")
-def finished(target, tmp_path_factory):
+def finished(target, settings, tmp_path_factory):
     root = tmp_path_factory.mktemp("finished")
-    best, calls = run(target, root / "drafter", root / "work")
+    best, calls = run(target, root / "drafter", root / "work", settings=settings)
     return root, best, calls
 
 
@@ -86,18 +92,23 @@ def test_training_lowers_the_loss_and_reports_progress(finished):
 
 
 @pytest.mark.parametrize("stop_after", [1, 50, 79, 86, 95])
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_weights(target, finished, tmp_path, stop_after):
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_weights(target, settings, finished, tmp_path, stop_after):
     root, best, calls = finished
     assert stop_after < len(calls)
     with pytest.raises(Interrupted):
-        run(target, tmp_path / "drafter", tmp_path / "work", stop_after)
-    resumed, _ = run(target, tmp_path / "drafter", tmp_path / "work")
+        run(target, tmp_path / "drafter", tmp_path / "work", stop_after, settings)
+    resumed, _ = run(target, tmp_path / "drafter", tmp_path / "work", settings=settings)
     assert resumed == best
     assert_same_run(root, tmp_path)
 
 
+def checkpoint(work):
+    (file,) = work.glob("checkpoint-*.safetensors")
+    return file
+
+
 def assert_same_run(root, other):
-    expected, got = (load_file(place / "work/checkpoint-1-layers.safetensors") for place in (root, other))
+    expected, got = (load_file(checkpoint(place / "work")) for place in (root, other))
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     cards = [json.loads((place / "drafter/drafter.json").read_text()) for place in (root, other)]
@@ -108,7 +119,7 @@ def assert_same_run(root, other):
     assert not left, "nothing half-written stays behind"
 
 
-def test_an_interruption_inside_an_update_leaves_no_half_of_it(target, finished, tmp_path, monkeypatch):
+def test_an_interruption_inside_an_update_leaves_no_half_of_it(target, settings, finished, tmp_path, monkeypatch):
     root, _, _ = finished
     update, updates = torch.optim.AdamW.step, []
 
@@ -119,39 +130,44 @@ def test_an_interruption_inside_an_update_leaves_no_half_of_it(target, finished,
             raise KeyboardInterrupt  # parameters have moved, the step is not counted
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(target, tmp_path / "drafter", tmp_path / "work")
+        run(target, tmp_path / "drafter", tmp_path / "work", settings=settings)
     monkeypatch.undo()
-    run(target, tmp_path / "drafter", tmp_path / "work")
+    run(target, tmp_path / "drafter", tmp_path / "work", settings=settings)
     assert_same_run(root, tmp_path)
 
 
-def test_a_finished_run_fills_an_output_folder_that_was_lost(target, finished, tmp_path):
+def test_a_finished_run_fills_an_output_folder_that_was_lost(target, settings, finished, tmp_path):
     root, best, _ = finished
-    again, _ = run(target, tmp_path / "elsewhere", root / "work")
+    again, _ = run(target, tmp_path / "elsewhere", root / "work", settings=settings)
     assert again == best
     assert speckv.load_drafter(str(tmp_path / "elsewhere"), target) is not None
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("checkpoint-1-layers.safetensors", b"", "is damaged.*delete it"), ("corpus.json", b"{}", "is damaged"),
-    ("corpus.json", b"[", "is damaged")], ids=["empty checkpoint", "empty manifest", "half a manifest"])
-def test_a_damaged_work_folder_is_named(target, finished, tmp_path, name, content, words):
-    root, _, _ = finished
-    shutil.copytree(root / "work", tmp_path / "work")
-    (tmp_path / "work" / name).write_bytes(content)
-    with pytest.raises(ModelError, match=words):
-        run(target, tmp_path / "drafter", tmp_path / "work")
+def empty_checkpoint(work):
+    checkpoint(work).write_bytes(b"")
 
 
-def test_a_checkpoint_with_one_wrong_bit_is_refused(target, finished, tmp_path):
-    root, _, _ = finished
-    shutil.copytree(root / "work", tmp_path / "work")
-    file = tmp_path / "work" / "checkpoint-1-layers.safetensors"
-    content = bytearray(file.read_bytes())
+def wrong_bit(work):
+    content = bytearray(checkpoint(work).read_bytes())
     content[-1] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ModelError, match="is damaged"):
-        run(target, tmp_path / "drafter", tmp_path / "work")
+    checkpoint(work).write_bytes(content)
+
+
+def empty_manifest(work):
+    (work / "corpus.json").write_text("{}")
+
+
+def half_a_manifest(work):
+    (work / "corpus.json").write_text("[")
+
+
+@pytest.mark.parametrize("damage", [empty_checkpoint, wrong_bit, empty_manifest, half_a_manifest])
+def test_a_damaged_work_folder_is_named(target, settings, finished, tmp_path, damage):
+    root, _, _ = finished
+    shutil.copytree(root / "work", tmp_path / "work")
+    damage(tmp_path / "work")
+    with pytest.raises(ModelError, match=r"is damaged.*delete"):
+        run(target, tmp_path / "drafter", tmp_path / "work", settings=settings)
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused_before_any_work(target, tmp_path):
@@ -176,7 +192,7 @@ def test_a_second_run_in_the_same_work_folder_is_refused(target, tmp_path):
 @pytest.mark.parametrize("changes", [{"epochs": float("nan")}, {"epochs": -1}, {"warmup_steps": 0}], ids=str)
 def test_settings_that_make_no_sense_are_refused(changes):
     with pytest.raises(InputError, match="must be positive"):
-        DistillSettings(**{**vars(SETTINGS), **changes})
+        dataclasses.replace(SETTINGS, **changes)
 
 
 def test_a_damaged_shard_is_written_again(target, tmp_path):
@@ -187,12 +203,12 @@ def test_a_damaged_shard_is_written_again(target, tmp_path):
     assert Corpus(tmp_path, SETTINGS.corpus, "tiny").missing() == [1]
 
 
-def test_a_work_folder_of_another_run_is_refused(target, finished):
+def test_a_work_folder_of_another_run_is_refused(target, settings, finished):
     root, _, _ = finished
-    other = DistillSettings(**{**vars(SETTINGS), "corpus": CorpusSettings(rows=ROWS, length=LENGTH, seed=9)})
+    other = dataclasses.replace(settings, corpus=CorpusSettings(rows=ROWS, length=LENGTH, seed=9))
     with pytest.raises(ModelError, match="choose another folder"):
         run(target, root / "other", root / "work", settings=other)
-    other = DistillSettings(**{**vars(SETTINGS), "epochs": 5})
+    other = dataclasses.replace(settings, epochs=5)
     with pytest.raises(ModelError, match="other settings"):
         run(target, root / "other", root / "work", settings=other)
 
@@ -201,9 +217,10 @@ def test_the_drafter_loads_shares_the_targets_weights_and_is_lossless(target, fi
     root, _, _ = finished
     drafter = speckv.load_drafter(str(root / "drafter"), target)
     assert all(parameter.requires_grad for parameter in target.parameters()), "the target is as it was"
-    assert drafter.get_input_embeddings() is target.get_input_embeddings()
-    assert drafter.get_output_embeddings() is target.get_output_embeddings()
-    assert len(drafter.model.layers) == 1
+    layer = getattr(drafter, "layer", drafter)
+    assert layer.get_input_embeddings() is target.get_input_embeddings()
+    assert layer.get_output_embeddings() is target.get_output_embeddings()
+    assert len(layer.model.layers) == 1
     ids = prompt_ids()
     output = speckv.generate(target, drafter, ids, max_new_tokens=30, policy="fixed:3", eos_token_id=[])
     assert torch.equal(output.sequences, target.generate(ids, do_sample=False, max_new_tokens=30, eos_token_id=None))
