@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -111,6 +112,7 @@ def distill(
     speckv distill --target smollm2 --output my-drafter && speckv generate --draft my-drafter --prompt "Hello"
     """
     from speckv import load_target
+    from speckv.cache import context_limit
     from speckv.corpus import CorpusSettings
     from speckv.distill import DistillSettings
     from speckv.distill import distill as train
@@ -118,8 +120,10 @@ def distill(
     from speckv.terminal import DistillProgress
 
     _set_threads(threads)
-    settings = DistillSettings(kind=kind, num_layers=layers, corpus=CorpusSettings(tokens=tokens), epochs=epochs)
     model, tokenizer = load_target(target, "bf16")
+    corpus = CorpusSettings(tokens=tokens)
+    corpus = replace(corpus, length=min(corpus.length, context_limit(model) or corpus.length))
+    settings = DistillSettings(kind=kind, num_layers=layers, corpus=corpus, epochs=epochs)
     work = work or cache_folder() / "distill" / target.replace("/", "--")
     try:
         with DistillProgress() as progress:

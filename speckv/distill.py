@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from speckv import drafter_folder, head, pruned
-from speckv.cache import vocabulary_size
+from speckv.cache import context_limit, vocabulary_size
 from speckv.corpus import ROLE_ANSWER, Corpus, CorpusSettings, target_identity, write_shard
 from speckv.errors import InputError, ModelError
 from speckv.files import atomic_file, check_writable, locked
@@ -83,6 +83,9 @@ def distill(target, tokenizer, folder, work_folder, settings: DistillSettings, t
     it stopped. Raises ModelError for a target that cannot be pruned, and where work_folder belongs to another run.
     """
     folder, work_folder = Path(folder), Path(work_folder)
+    limit = context_limit(target)
+    if limit is not None and settings.corpus.length > limit:
+        raise InputError(f"text of {settings.corpus.length} tokens is longer than the {limit} the target allows")
     _check_head(target)
     pruned.first_layers(target, settings.num_layers)  # refuses what cannot be pruned, before any work
     check_writable(folder)

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 from test_models import PROMPTS, needs_embedded
+from tiny_chat import tiny_tokenizer
+from tiny_models import tiny_model
 
 import speckv
 from speckv import cli, demo
@@ -77,3 +79,19 @@ def test_demo_prints_a_table_with_every_cell(monkeypatch, capsys):
     for cell in cells:
         assert cell.plain.new_tokens == cell.speculative.new_tokens == 8
         assert f"{cell.ratio:.2f}×" in printed
+
+
+@pytest.mark.parametrize("kind", ["head", "lm"])
+def test_distill_makes_a_drafter_that_generate_uses(kind, tmp_path, monkeypatch, capsys):
+    model = tiny_model()
+    model.generation_config.eos_token_id = 3
+    model.save_pretrained(tmp_path / "target")
+    tiny_tokenizer().save_pretrained(tmp_path / "target")
+    target = ["--target", str(tmp_path / "target")]
+    folders = ["--output", str(tmp_path / "drafter"), "--work", str(tmp_path / "work")]
+    status, printed = run_main(monkeypatch, capsys, "distill", *target, *folders, "--kind", kind, "--layers", "1",
+                               "--tokens", "1", "--epochs", "1")
+    assert status == 0 and "held-out greedy match" in printed.out
+    status, printed = run_main(monkeypatch, capsys, "generate", *target, "--draft", str(tmp_path / "drafter"),
+                               "--prompt", "w1 w2", "--max-new-tokens", "10", "--json")
+    assert status == 0 and json.loads(printed.out)["tokens"] <= 10
