@@ -26,9 +26,10 @@ def head_logits(model, hidden):
     return torch.tanh(logits / cap) * cap if cap else logits
 
 
-def _answers(roles):
-    """Flat indices into [R, L - 1] of the positions whose next token is the target's own answer."""
-    return (roles[:, 1:] == ROLE_ANSWER).flatten().nonzero().flatten()
+def _choose(roles, count, generator):
+    """Up to count flat indices into [R, L - 1], drawn from the positions whose next token is the target's answer."""
+    answers = (roles[:, 1:] == ROLE_ANSWER).flatten().nonzero().flatten()
+    return answers[torch.randperm(len(answers), generator=generator)[:count]]
 
 
 class PrunedStudent:
@@ -48,8 +49,7 @@ class PrunedStudent:
     def loss(self, batch, num_positions, generator):
         """Cross-entropy against the target at num_positions of its answers; None where the rows hold none."""
         tokens, roles, hidden = batch
-        answers = _answers(roles)
-        chosen = answers[torch.randperm(len(answers), generator=generator)[:num_positions]].to(self._device)
+        chosen = _choose(roles, num_positions, generator).to(self._device)
         if len(chosen) == 0:
             return None
         with torch.autocast(self._device.type, torch.bfloat16):
@@ -118,8 +118,7 @@ class HeadStudent:
     def loss(self, batch, num_positions, generator):
         """Cross-entropy and distance of features, at num_positions, summed over HEAD_DEPTH tokens of a draft."""
         tokens, roles, hidden = batch
-        answers = _answers(roles)
-        chosen = answers[torch.randperm(len(answers), generator=generator)[:num_positions]].to(self._device)
+        chosen = _choose(roles, num_positions, generator).to(self._device)
         if len(chosen) == 0:
             return None
         tokens, features = tokens[:, :-1].to(self._device), hidden[:, :-1].to(self._device)
