@@ -1,10 +1,10 @@
 """Training text written by the target itself, kept on disk in shards together with the target's hidden states.
 
 A drafter is asked to continue the target's own answers, so those are what it should learn from: the target writes
-the question (sampled), then answers it (greedily or sampled), in its own chat format. Every row
-of a batch advances one token at a time in step with the others; what the chat format dictates is forced rather than
-sampled, so no row is ever padded. The hidden states that come for free are stored too: they stand for the target's
-full distribution at every position.
+the question (sampled), then answers it (greedily or sampled), in its own chat format. Every row of a batch advances
+one token at a time in step with the others; what the chat format dictates is forced rather than sampled, so no row is
+ever padded. The hidden states that come for free are stored too: they stand for the target's full distribution at
+every position.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ QUESTION_TEMPERATURE, ANSWER_TEMPERATURE = 0.9, 0.8
 GREEDY_SHARE = 0.6
 MAX_QUESTION_TOKENS = 80
 
-# How a question may begin. A small instruct model left to itself hardly ever asks for code or sums; every other row
-# starts freely all the same.
+# How a question may begin. A small instruct model left to itself hardly ever asks for code or sums; half of
+# the rows start freely all the same.
 OPENERS = (
     "", "Write a Python function that", "", "Write a function to", "", "Solve this problem:", "", "How many",
     "", "Summarize the following text:\n", "", "Explain", "", "Give me a summary of this article:\n", "", "Compute",

@@ -8,6 +8,7 @@ draft tokens that a greedy target would accept of four.
 
 import torch
 from torch.nn import functional as F
+from transformers import DynamicCache
 
 from speckv import drafter_folder, head, pruned
 from speckv.corpus import ROLE_ANSWER
@@ -62,7 +63,7 @@ class PrunedStudent:
 
     @torch.no_grad()
     def judge(self, batch):
-        """For each row: match [positions, 1] and whether the text goes on with the target's first choice [positions].
+        """For each row: match [positions, 4] and whether the text goes on with the target's first choice [positions].
 
         A causal drafter reads the text itself, so its k-th token from here is its first token k - 1 positions on.
         """
@@ -103,7 +104,7 @@ class HeadStudent:
         length = tokens.shape[1]
         position = torch.arange(length, device=self._device)
         distance = position.unsqueeze(1) - position.unsqueeze(0)  # query - key
-        cache = head.DynamicCache(config=self._head.layer.config)
+        cache = DynamicCache(config=self._head.layer.config)
         fed, outputs = features, []
         for d in range(1, depth + 1):
             before = F.pad(fed[:, :-1], (0, 0, 1, 0))

@@ -8,7 +8,7 @@ from scipy import stats
 from tiny_models import tiny_model
 
 import speckv
-from speckv import decode
+from speckv import decode, head
 from speckv.kernels import reference
 
 VOCABULARY, NEW_TOKENS, SAMPLES = 4, 3, 1500
@@ -55,6 +55,14 @@ def p_value(target, drafter, policy):
 @pytest.mark.parametrize("policy", ["off", "fixed:1", "fixed:2"])
 def test_sampled_texts_have_the_exact_distribution_of_the_target(pair, policy):
     assert p_value(*pair, policy) > 1e-3
+
+
+def test_a_head_that_can_draft_only_some_tokens_leaves_the_distribution_as_it_is():
+    target = tiny_model(seed=2, vocab_size=VOCABULARY, num_hidden_layers=2)
+    torch.manual_seed(0)
+    tensors = head.initial_tensors(target, torch.tensor([0, 2, 3]))
+    tensors[head.COMBINE] = tensors[head.COMBINE] + 0.3 * torch.randn(tensors[head.COMBINE].shape)
+    assert p_value(target, head.build(target, tensors), "fixed:2") > 1e-3
 
 
 def sample_target_after_rejection(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform):
