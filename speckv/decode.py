@@ -65,6 +65,7 @@ class _Run:
         self._eos_ids = settings.eos_ids
         self._target = CachedModel(target)
         self._draft = drafter.open() if drafter is not None else None
+        self._own_signals = getattr(self._draft, "signals", None)
         self._wants_hidden = drafter is not None and drafter.wants_hidden
         self._temperature = torch.full((1,), settings.temperature, device=device)
         self._random = torch.Generator()
@@ -79,7 +80,7 @@ class _Run:
         self._read(prompt, keep=1)
         self._target.rollback(self.length - 1)
         if checked_gamma(policy, self._draft) > 0:
-            self._draft.next_logits(prompt)
+            getattr(self._draft, "prefill", self._draft.next_logits)(prompt)
 
     def _read(self, ids, keep):
         """The target's logits [1, keep, V] after the last tokens of ids; the drafter sees the hidden states."""
@@ -98,6 +99,7 @@ class _Run:
         # Fresh numbers for every step: reusing those of a rejected draft would tie the policy's choices to them.
         uniform = torch.rand(1, 2 * gamma + 1, generator=self._random).to(self.ids.device, non_blocking=True)
         draft_tokens, draft_logits, signals = self._draft_tokens(gamma, uniform[:, gamma + 1:])
+        gamma = draft_tokens.shape[1]
         drafted = time.perf_counter()
 
         target_logits = self._read(self.ids[:, :self.length + gamma], keep=gamma + 1)
@@ -114,10 +116,14 @@ class _Run:
                                    (verified - drafted) * 1e3, **signals)
 
     def _draft_tokens(self, gamma, uniform):
-        """Draw gamma tokens into ids; returns them [1, gamma], their logits [1, gamma, V], and the step's signals."""
-        tokens, logits, entropies, confidences = [], [], [], []
+        """Draw up to gamma tokens into ids; returns them [1, n], their logits [1, n, V], and the step's signals."""
+        tokens, logits, entropies, confidences, own_signals = [], [], [], [], {}
         for i in range(gamma):
             row = self._draft.next_logits(self.ids[:, :self.length + i])
+            # The drafter says so before a token is drawn and from the tokens before it alone, and every token that
+            # was drawn is verified: none is dropped for what it is, so the output's distribution stays the target's.
+            if row is None:
+                break
             token, _, entropy, confidence = draft_sample(row, self._temperature, uniform[:, i])
             # A GPU kernel reports bad logits as token -1, which no model may be fed; verify_chain sees it as padding.
             self.ids[:, self.length + i] = token.clamp(min=0)
@@ -125,11 +131,17 @@ class _Run:
             logits.append(row)
             entropies.append(entropy)
             confidences.append(confidence)
-        if not gamma:
+            if self._own_signals is not None and (own := self._own_signals()) is not None:
+                own_signals[i] = own
+        if not tokens:
             return self.ids[:, :0], None, {}
         entropy, confidence = torch.stack([torch.cat(entropies), torch.cat(confidences)]).cpu()
         if entropy.isnan().any():
             raise NumericalError("draft_sample: row 0: the logits are not a distribution (NaN, +inf, or all -inf)")
+        for i, own in own_signals.items():
+            entropy[i], confidence[i] = own
+        # The mean of equal values in fp32 may come out below the least of them.
+        entropy, confidence = entropy.double(), confidence.double()
         signals = {"mean_entropy": entropy.mean().item(), "mean_confidence": confidence.mean().item(),
                    "max_entropy": entropy.max().item(), "min_confidence": confidence.min().item()}
         return torch.stack(tokens, dim=1), torch.stack(logits, dim=1), signals

@@ -19,16 +19,24 @@ class Drafter(Protocol):
 
 
 class DraftSession(Protocol):
-    """A drafter at work on one sequence."""
+    """A drafter at work on one sequence.
+
+    Two more methods are for those that need them. prefill(ids) reads the prompt but for its last token, before the
+    first step, where next_logits(ids) would be asked and its answer not used. signals() gives (entropy in bits,
+    confidence) of the last proposal, where its logits do not tell how sure it is, or None where they do.
+    """
 
     def next_logits(self, ids):
-        """Logits [B, V] of the token that follows ids [B, n]; ids extends what was seen, up to rollbacks."""
+        """Logits [B, V] of the token that follows ids [B, n]; ids extends what was seen, up to rollbacks.
+
+        None where the drafter has nothing to propose, which ends the step's draft.
+        """
 
     def observe(self, hidden, start: int) -> None:
         """The target's last hidden states [B, n, H] of positions start, start + 1, ...; called if wants_hidden."""
 
     def rollback(self, length: int) -> None:
-        """Only the first `length` tokens of the sequence stand; forget the rest."""
+        """Only the first `length` tokens of the sequence stand; forget the rest. Called after every step."""
 
 
 class CausalLMDrafter:
