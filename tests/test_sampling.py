@@ -5,14 +5,17 @@ import itertools
 import pytest
 import torch
 from scipy import stats
+from test_head import random_tensors
 from tiny_models import tiny_model
 
 import speckv
 from speckv import decode, head
 from speckv.kernels import reference
+from speckv.lookup import LookupDrafter, LookupFirst
 
 VOCABULARY, NEW_TOKENS, SAMPLES = 4, 3, 1500
 PROMPT = torch.tensor([[1, 2, 3]])
+REPETITIVE_PROMPT = torch.tensor([[1, 2, 3, 0, 1, 2, 3, 1, 2]])
 TEMPERATURE = 0.7
 
 
@@ -23,24 +26,24 @@ def pair():
 
 
 @torch.inference_mode()
-def exact_probabilities(target):
+def exact_probabilities(target, prompt=PROMPT):
     """The probability of each of the VOCABULARY ** NEW_TOKENS texts, by running the target on all of them."""
     texts = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=NEW_TOKENS)))
-    sequences = torch.cat([PROMPT.expand(len(texts), -1), texts], dim=1)
-    logits = target(sequences).logits[:, PROMPT.shape[1] - 1:-1].double()
+    sequences = torch.cat([prompt.expand(len(texts), -1), texts], dim=1)
+    logits = target(sequences).logits[:, prompt.shape[1] - 1:-1].double()
     log_probabilities = (logits / TEMPERATURE).log_softmax(-1).gather(-1, texts.unsqueeze(-1)).squeeze(-1)
     return log_probabilities.sum(-1).exp()
 
 
-def p_value(target, drafter, policy):
+def p_value(target, drafter, policy, prompt=PROMPT):
     """How well the texts that the loop samples fit the exact distribution."""
     counts = torch.zeros(VOCABULARY ** NEW_TOKENS)
     weights = torch.tensor([VOCABULARY ** i for i in reversed(range(NEW_TOKENS))])
     for seed in range(SAMPLES):
-        output = speckv.generate(target, drafter, PROMPT, max_new_tokens=NEW_TOKENS, policy=policy,
+        output = speckv.generate(target, drafter, prompt, max_new_tokens=NEW_TOKENS, policy=policy,
                                  temperature=TEMPERATURE, seed=seed)
         counts[(output.sequences[0, -NEW_TOKENS:] * weights).sum()] += 1
-    expected = exact_probabilities(target) * SAMPLES
+    expected = exact_probabilities(target, prompt) * SAMPLES
     # Texts too rare for a chi-square are counted together.
     order = expected.argsort()
     rare = order[expected[order].cumsum(0) < 10]
@@ -60,9 +63,17 @@ def test_sampled_texts_have_the_exact_distribution_of_the_target(pair, policy):
 def test_a_head_that_can_draft_only_some_tokens_leaves_the_distribution_as_it_is():
     target = tiny_model(seed=2, vocab_size=VOCABULARY, num_hidden_layers=2)
     torch.manual_seed(0)
-    tensors = head.initial_tensors(target, torch.tensor([0, 2, 3]))
-    tensors[head.COMBINE] = tensors[head.COMBINE] + 0.3 * torch.randn(tensors[head.COMBINE].shape)
+    tensors = random_tensors(target, torch.tensor([0, 2, 3]))
     assert p_value(target, head.build(target, tensors), "fixed:2") > 1e-3
+
+
+def test_lookup_leaves_the_distribution_as_it_is(pair):
+    assert p_value(pair[0], LookupDrafter(VOCABULARY, shortest=1), "fixed:2", REPETITIVE_PROMPT) > 1e-3
+
+
+def test_lookup_before_a_drafter_leaves_the_distribution_as_it_is(pair):
+    # From matches of two, so that steps of both kinds follow each other.
+    assert p_value(pair[0], LookupFirst(pair[1]), "fixed:2", REPETITIVE_PROMPT) > 1e-3
 
 
 def sample_target_after_rejection(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform):
@@ -85,6 +96,11 @@ def accept_too_often(target_logits, draft_logits, draft_tokens, num_draft, tempe
 def test_the_test_above_fails_for_a_wrong_verifier(pair, bug, monkeypatch):
     monkeypatch.setattr(decode, "verify_chain", bug)
     assert p_value(*pair, "fixed:2") < 1e-3
+
+
+def test_the_test_of_lookup_fails_for_a_wrong_verifier(pair, monkeypatch):
+    monkeypatch.setattr(decode, "verify_chain", sample_target_after_rejection)
+    assert p_value(pair[0], LookupDrafter(VOCABULARY, shortest=1), "fixed:2", REPETITIVE_PROMPT) < 1e-3
 
 
 def test_a_seed_makes_the_text_repeatable_and_another_seed_another_text(pair):
