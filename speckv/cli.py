@@ -24,8 +24,9 @@ app = typer.Typer(
 Target = Annotated[str, typer.Option(
     help=f"Target model: '{EMBEDDED}' (embedded), a folder, or a Hugging Face name.")]
 Draft = Annotated[str, typer.Option(
-    help=f"Drafter: '{EMBEDDED}' (shipped, for the embedded target), a folder made by 'speckv distill', or any causal "
-         "language model with the target's tokenizer.")]
+    help=f"Drafter: '{EMBEDDED}' (shipped, for the embedded target), a folder made by 'speckv distill', any causal "
+         "language model with the target's tokenizer, 'lookup' (copies from the text so far, needs no model), or "
+         "'lookup+' and one of these.")]
 Compression = Annotated[str, typer.Option(help=f"How the target is held: {', '.join(COMPRESSIONS)}.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if not given.")]
 
