@@ -470,10 +470,11 @@ def test_lookup_that_never_matches_changes_nothing(kind, temperature):
 
 
 class FreshEachTime(Spy):
-    """Compares what a session answers first in a step with a new session that was shown the same."""
+    """Compares what a session answers first in a step with a new session that was shown the same, which must be all."""
 
     def open(self):
-        self.seen, self.steps, self.skipped, self.is_new_step, self.end = [], 0, 0, False, 0
+        self.seen, self.is_new_step = [], False
+        self.steps = self.skipped = self.unasked = 0
         return super().open()
 
     def observe(self, hidden, start):
@@ -483,6 +484,8 @@ class FreshEachTime(Spy):
     def next_logits(self, ids):
         logits = super().next_logits(ids)
         if self.is_new_step:
+            positions = {start + i for hidden, start in self.seen for i in range(hidden.shape[1])}
+            assert positions == set(range(ids.shape[1] - 1)) or not self.wants_hidden
             fresh = self.drafter.open()
             for hidden, start in self.seen:
                 fresh.observe(hidden, start)
@@ -495,8 +498,9 @@ class FreshEachTime(Spy):
         return logits
 
     def rollback(self, length):
-        self.unasked = getattr(self, "unasked", 0) + self.is_new_step
+        self.unasked += self.is_new_step
         self.is_new_step = True
+        self.seen = [(hidden[:, :length - start], start) for hidden, start in self.seen if start < length]
         super().rollback(length)
 
 
