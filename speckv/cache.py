@@ -1,6 +1,8 @@
 """A causal language model together with the KV cache of one sequence, and taking tokens back out of it."""
 
+import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from speckv.errors import ModelError
 
@@ -25,6 +27,42 @@ def check_rollback(model, role: str) -> None:
             raise ModelError(f"the {role} {name} keeps a {type(layer).__name__} in its cache: {way_out}")
 
 
+class _RoomyLayer(DynamicLayer):
+    """A layer of full attention that writes into room made beforehand; transformers' copies all at every token."""
+
+    def __init__(self, capacity):
+        super().__init__()
+        self._capacity = capacity
+        self._length = 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            shape = (*key_states.shape[:2], self._capacity)
+            self._room = (key_states.new_empty(*shape, key_states.shape[3]),
+                          value_states.new_empty(*shape, value_states.shape[3]))
+        start, self._length = self._length, self._length + key_states.shape[2]
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, start:self._length] = states
+        self.keys, self.values = (room[:, :, :self._length] for room in self._room)
+        return self.keys, self.values
+
+
+def roomy_cache(config, capacity: int) -> DynamicCache:
+    """A KV cache for up to `capacity` tokens that are only ever appended."""
+    cache = DynamicCache(config=config)
+    cache.layers = [_RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def hidden_states(output, layers: tuple):
+    """The hidden states [B, n, len(layers)·H] of a model's output, joined.
+
+    Layers are counted as in transformers' hidden_states: 0 is the embedding, -1 the last, final norm included.
+    """
+    return torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)
+
+
 class CachedModel:
     """Feeds a model the tokens it has not seen, and forgets the ones that were rejected."""
 
@@ -35,19 +73,19 @@ class CachedModel:
         # Without this a sliding window drops the tokens that a rollback would bring back into view.
         self._cache.activate_past_recording()
 
-    def read(self, ids, keep: int, with_hidden: bool = False):
+    def read(self, ids, keep: int, layers: tuple = ()):
         """Feed what is new in ids [B, n], m tokens.
 
-        Returns the logits [B, keep, V] after each of the last `keep` tokens, and the model's last hidden states
-        [B, m, H] of all m where asked for, else None.
+        Returns the logits [B, keep, V] after each of the last `keep` tokens, and the hidden states [B, m, n·H] of all
+        m after the n layers asked for (see hidden_states), else None.
         """
         output = self.model(ids[:, self.length:], past_key_values=self._cache, use_cache=True, logits_to_keep=keep,
-                            output_hidden_states=with_hidden)
+                            output_hidden_states=bool(layers))
         self.length = ids.shape[1]
         if self._cache.get_seq_length() != self.length:
             raise ModelError(f"{type(self.model).__name__} does not keep what it reads in its cache: speckv cannot "
                              "decode with it; use transformers' generate")
-        return output.logits, output.hidden_states[-1] if with_hidden else None
+        return output.logits, hidden_states(output, layers) if layers else None
 
     def rollback(self, length: int) -> None:
         """Forget all but the first `length` tokens; harmless where fewer are cached."""
@@ -66,8 +104,6 @@ def context_limit(model):
 def vocabulary_size(model) -> int:
     """Width of the model's logits."""
     return model.config.get_text_config(decoder=True).vocab_size
-
-
 
 
 def rope_switch(model):

@@ -1,33 +1,38 @@
 """Training text written by the target itself, kept on disk in shards together with the target's hidden states.
 
-A drafter is asked to continue the target's own answers, so those are what it should learn from: the target writes
-the question (sampled), then answers it (greedily or sampled), in its own chat format. Every row of a batch advances
-one token at a time in step with the others; what the chat format dictates is forced rather than sampled, so no row is
-ever padded. The hidden states that come for free are stored too: they stand for the target's full distribution at
-every position.
+A drafter is asked to continue the target's own answers, so those are what it should learn from: it is asked made-up
+questions and answers them (greedily or sampled), in its own chat format; some rows also ask themselves. Every row of a
+batch advances one token at a time in step with the others; what is not the target's to choose is forced rather than
+sampled, so no row is ever padded. The hidden states that come for free are stored too: the last one stands for the
+target's full distribution at every position.
 """
 
 import hashlib
 import json
-from collections import deque
+import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from speckv.cache import hidden_states, roomy_cache
 from speckv.errors import ModelError
-from speckv.files import atomic_file, sha256, write_json
+from speckv.files import atomic_file, locked, sha256, write_json
 from speckv.kernels import draft_sample
+from speckv.questions import question
 
 ROLE_FORCED, ROLE_QUESTION, ROLE_ANSWER = 0, 1, 2
 QUESTION_TEMPERATURE, ANSWER_TEMPERATURE = 0.9, 0.8
 GREEDY_SHARE = 0.6
+SELF_ASKING_SHARE = 0.3
 MAX_QUESTION_TOKENS = 80
+MAX_ARTICLE_TOKENS = 160  # of an answer that the next question quotes
 
-# How a question may begin. A small instruct model left to itself hardly ever asks for code or sums; half of
-# the rows start freely all the same.
+# How a question that the target asks itself may begin. A small instruct model left to itself hardly ever asks for
+# code or sums; half of them start freely all the same.
 OPENERS = (
     "", "Write a Python function that", "", "Write a function to", "", "Solve this problem:", "", "How many",
     "", "Summarize the following text:\n", "", "Explain", "", "Give me a summary of this article:\n", "", "Compute",
@@ -42,7 +47,7 @@ class CorpusSettings:
     """How much text, in what pieces. Shard i depends only on these and on i, so a shard can be made again alone."""
     tokens: int = 400_000
     rows: int = 128
-    length: int = 384
+    length: int = 512
     seed: int = 0
 
     @property
@@ -82,68 +87,111 @@ def chat_format(target, tokenizer) -> ChatFormat:
     return ChatFormat(encode(before_question), encode(before_answer), encode(after_answer), end_of_turn)
 
 
-class _Row:
-    """One row's place in the conversation: what is forced next, whose turn it is, how long it has lasted."""
+class _Turn(NamedTuple):
+    """What comes next in a row: tokens it is given, then at most `limit` of its own, until it ends its turn."""
 
-    def __init__(self, chat, opener, answer_temperature):
-        self.chat = chat
-        self.answer_temperature = answer_temperature
-        self.forced = deque(opener)
-        self.role = ROLE_QUESTION if chat.before_answer else ROLE_ANSWER
-        self.spoken = len(opener)
+    forced: list
+    role: int
+    temperature: float
+    limit: int | None = None
+
+
+def _conversation(chat, tokenizer, draw, answer_temperature):
+    """The turns of one row, for ever; is sent the tokens that the target said in each."""
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    def answer(text, limit=None):
+        return _Turn(encode(text) + chat.before_answer, ROLE_ANSWER, answer_temperature, limit)
+
+    between = []  # the format's tokens since the last answer; the first question's are in place
+    while True:
+        if not chat.before_answer:  # no chat format: plain text
+            opener = "" if draw.random() < SELF_ASKING_SHARE else question(draw)[0] + "\n"
+            turn = _Turn(encode(opener), ROLE_ANSWER, answer_temperature)
+            yield turn._replace(forced=between + turn.forced)
+        elif draw.random() < SELF_ASKING_SHARE:
+            yield _Turn(between + encode(draw.choice(OPENERS)), ROLE_QUESTION, QUESTION_TEMPERATURE,
+                        MAX_QUESTION_TOKENS)
+            yield answer("")
+        else:
+            request, follow_up = question(draw)
+            turn = answer(request, None if follow_up is None else MAX_ARTICLE_TOKENS)
+            article = yield turn._replace(forced=between + turn.forced)
+            if follow_up is not None:
+                turn = answer(follow_up.format(text=tokenizer.decode(article, skip_special_tokens=True)))
+                yield turn._replace(forced=chat.after_answer + turn.forced)
+        between = chat.after_answer
+
+
+class _Row:
+    """One row's place in its conversation: what is forced next, whose turn it is, what was said in it."""
+
+    def __init__(self, chat, conversation):
+        self._end_of_turn = chat.end_of_turn
+        self._conversation = conversation
+        self._begin(next(conversation))
+
+    def _begin(self, turn):
+        self._turn = turn
+        self._forced = turn.forced[::-1]
+        self._said = []
 
     @property
     def temperature(self):
-        return QUESTION_TEMPERATURE if self.role == ROLE_QUESTION else self.answer_temperature
+        return self._turn.temperature
 
     def take(self, sampled):
         """The row's next token, given what the model would say, and the role it is stored under."""
-        if self.forced:
-            return self.forced.popleft(), ROLE_FORCED
-        role = self.role
-        self.spoken += 1
-        if sampled in self.chat.end_of_turn or (role == ROLE_QUESTION and self.spoken >= MAX_QUESTION_TOKENS):
-            bridge = self.chat.before_answer if role == ROLE_QUESTION else self.chat.after_answer
-            self.forced.extend(bridge[1:] if bridge[:1] == [sampled] else bridge)
-            if self.chat.before_answer:
-                self.role = ROLE_ANSWER if role == ROLE_QUESTION else ROLE_QUESTION
-            self.spoken = 0
+        if self._forced:
+            return self._forced.pop(), ROLE_FORCED
+        role = self._turn.role
+        has_ended = sampled in self._end_of_turn
+        if not has_ended:
+            self._said.append(sampled)
+        if has_ended or len(self._said) == self._turn.limit:
+            self._begin(self._conversation.send(self._said))
+            if self._forced[-1:] == [sampled]:  # the format's end of turn was said already
+                self._forced.pop()
         return sampled, role
 
 
-def _rows(chat, tokenizer, settings, generator):
-    """The rows of a shard at their start: how each question begins, and whether its answers are greedy or sampled."""
-    openers = torch.randint(len(OPENERS), (settings.rows,), generator=generator).tolist()
-    greedy = (torch.rand(settings.rows, generator=generator) < GREEDY_SHARE).tolist()
-    encoded = [tokenizer(text, add_special_tokens=False).input_ids if text and chat.before_answer else []
-               for text in OPENERS]
-    return [_Row(chat, encoded[opener], 0.0 if is_greedy else ANSWER_TEMPERATURE)
-            for opener, is_greedy in zip(openers, greedy, strict=True)]
+def _rows(chat, tokenizer, settings, index):
+    """The rows of a shard at their start: what they talk about, and whether their answers are greedy or sampled."""
+    rows = []
+    for number in range(settings.rows):
+        draw = random.Random(f"{settings.seed}/{index}/{number}")
+        temperature = 0.0 if draw.random() < GREEDY_SHARE else ANSWER_TEMPERATURE
+        rows.append(_Row(chat, _conversation(chat, tokenizer, draw, temperature)))
+    return rows
 
 
-@torch.no_grad()
-def write_shard(target, tokenizer, settings: CorpusSettings, index: int, on_step=None):
-    """Have the target write one shard: tokens [rows, length] i32, roles [rows, length] u8, hidden [rows, length, H].
+@torch.inference_mode()
+def write_shard(target, tokenizer, settings: CorpusSettings, index: int, layers: tuple, on_step=None):
+    """Have the target write one shard: tokens [rows, length] i32, roles [rows, length] u8, hidden [rows, length, n·H].
 
-    hidden[:, i] is what the target's output head turns into its prediction of token i + 1.
+    hidden[:, i] joins the target's hidden states after `layers` (see speckv.cache.hidden_states) at token i; the last
+    of them is what its output head turns into its prediction of token i + 1.
     """
     chat = chat_format(target, tokenizer)
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
-    rows = _rows(chat, tokenizer, settings, generator)
+    rows = _rows(chat, tokenizer, settings, index)
 
     tokens = torch.empty(settings.rows, settings.length, dtype=torch.int64)
     roles = torch.zeros(settings.rows, settings.length, dtype=torch.uint8)
     start = len(chat.before_question)
     tokens[:, :start] = torch.tensor(chat.before_question)
     device = target.device
-    hidden, cache, fed = None, None, 0
+    cache = roomy_cache(target.config, settings.length)
+    hidden, fed = None, 0
     for length in range(start, settings.length + 1):
         output = target(tokens[:, fed:length].to(device), past_key_values=cache, use_cache=True,
                         output_hidden_states=True, logits_to_keep=1)
-        cache, last_hidden = output.past_key_values, output.hidden_states[-1]
+        states = hidden_states(output, layers)
         if hidden is None:
-            hidden = torch.empty(settings.rows, settings.length, last_hidden.shape[-1], dtype=torch.bfloat16)
-        hidden[:, fed:length] = last_hidden
+            hidden = torch.empty(settings.rows, settings.length, states.shape[-1], dtype=torch.bfloat16)
+        hidden[:, fed:length] = states
         fed = length
         if length == settings.length:
             break
@@ -175,12 +223,13 @@ def target_identity(target) -> str:
 class Corpus:
     """The shards in a folder. A manifest names each finished shard with its hash; anything else is made again."""
 
-    def __init__(self, folder: Path, settings: CorpusSettings, target_identity: str):
+    def __init__(self, folder: Path, settings: CorpusSettings, target_identity: str, layers: tuple):
         self.folder = Path(folder)
         self.settings = settings
+        self.layers = layers
         self._manifest_file = self.folder / "corpus.json"
         self._identity = {"target": target_identity, "rows": settings.rows, "length": settings.length,
-                          "seed": settings.seed}
+                          "seed": settings.seed, "layers": list(layers)}
         self._hashes = self._read_manifest() if self._manifest_file.exists() else {}
 
     def _read_manifest(self):
@@ -211,8 +260,11 @@ class Corpus:
         with atomic_file(self.file(index)) as temporary:
             save_file(tensors, temporary)
             digest = sha256(temporary)
-        self._hashes[self.file(index).name] = digest
-        write_json(self._manifest_file, {"identity": self._identity, "shards": dict(sorted(self._hashes.items()))})
+        with locked(self.folder / "manifest", "adding text", wait=True):  # several processes may be writing shards
+            if self._manifest_file.exists():
+                self._hashes = self._read_manifest()
+            self._hashes[self.file(index).name] = digest
+            write_json(self._manifest_file, {"identity": self._identity, "shards": dict(sorted(self._hashes.items()))})
 
     def read(self, index: int, *names) -> list:
         """The named tensors of a shard, memory-mapped."""

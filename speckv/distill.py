@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -37,19 +37,21 @@ class DistillSettings:
     kind: str = "head"
     num_layers: int = 2         # of a pruned drafter
     head_tokens: int = 16_384   # how many different tokens a head can draft
+    depth: int = 3              # how many of its own tokens deep a head is trained
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     epochs: float = 10.0
     batch_rows: int = 4
     loss_positions: int = 512
     learning_rate: float = 1e-3
     warmup_steps: int = 50
-    evaluate_every: int = 100
+    evaluate_every: int = 300
+    start_from: str = ""        # sha256 of the weights that training starts from, see distill
     checkpoint_seconds: float = 120.0
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise InputError(f"unknown kind of drafter {self.kind!r}: choose one of {', '.join(KINDS)}")
-        numbers = (self.num_layers, self.head_tokens, self.epochs, self.corpus.tokens, self.batch_rows,
+        numbers = (self.num_layers, self.head_tokens, self.depth, self.epochs, self.corpus.tokens, self.batch_rows,
                    self.loss_positions, self.warmup_steps, self.evaluate_every)
         if not all(math.isfinite(number) and number > 0 for number in numbers):
             raise InputError(f"tokens, epochs and the other numbers of a distillation must be positive: {self}")
@@ -76,13 +78,19 @@ class Progress:
 
 
 def distill(target, tokenizer, folder, work_folder, settings: DistillSettings, target_name: str = "",
-            on_progress: Callable[[Progress], None] = lambda progress: None) -> dict:
+            on_progress: Callable[[Progress], None] = lambda progress: None, start_from=None) -> dict:
     """Write the text, train, and leave the best drafter so far in `folder`; returns its held-out figures.
 
-    target is dense (bf16 or fp32); work_folder keeps text and checkpoints, and a run started again on it goes on where
-    it stopped. Raises ModelError for a target that cannot be pruned, and where work_folder belongs to another run.
+    target is dense (bf16 or fp32; the latter is faster on many CPUs); work_folder keeps text and checkpoints, and a
+    run started again on it goes on where it stopped. start_from is the folder of a drafter of the same kind to train
+    further; else training starts from the target's first layers. Raises ModelError for a target that cannot be
+    pruned, and where work_folder belongs to another run.
     """
     folder, work_folder = Path(folder), Path(work_folder)
+    start = None
+    if start_from is not None:
+        card, start = drafter_folder.read(start_from, (KINDS[settings.kind],))
+        settings = replace(settings, start_from=card["sha256"])
     limit = context_limit(target)
     if limit is not None and settings.corpus.length > limit:
         raise InputError(f"text of {settings.corpus.length} tokens is longer than the {limit} the target allows")
@@ -91,9 +99,9 @@ def distill(target, tokenizer, folder, work_folder, settings: DistillSettings, t
     check_writable(folder)
     check_writable(work_folder)
     with locked(work_folder, "distilling", wait=False), _frozen(target):
-        corpus = Corpus(work_folder, settings.corpus, target_identity(target))
+        corpus = Corpus(work_folder, settings.corpus, target_identity(target), head.feature_layers(target))
         write_text(target, tokenizer, corpus, on_progress)
-        return train(target, corpus, folder, settings, target_name, on_progress)
+        return train(target, corpus, folder, settings, target_name, on_progress, start)
 
 
 @contextmanager
@@ -121,7 +129,7 @@ def write_text(target, tokenizer, corpus: Corpus, on_progress) -> None:
             written += tokens
             on_progress(Progress("text", written, settings.num_shards * shard_tokens))
         finished = written + shard_tokens
-        corpus.add(index, write_shard(target, tokenizer, settings, index, on_step))
+        corpus.add(index, write_shard(target, tokenizer, settings, index, corpus.layers, on_step))
         written = finished
 
 
@@ -146,6 +154,11 @@ class _Sampler:
         self._small = [corpus.read(index, "tokens", "roles") for index in range(corpus.settings.num_shards)]
         self._hidden = [safe_open(corpus.file(index), "pt").get_slice("hidden")
                         for index in range(corpus.settings.num_shards)]
+
+    def feature_statistics(self):
+        """Mean of the hidden states [n·H] and one over their standard deviation, f32, over the first rows."""
+        hidden = torch.cat([self._hidden[0][row] for row in range(HELD_OUT_ROWS)]).float()
+        return hidden.mean(0), 1 / hidden.std(0).clamp(min=1e-6)
 
     def batch(self, step):
         """tokens [rows, length], roles [rows, length], hidden [rows, length, H] of a step."""
@@ -177,15 +190,22 @@ class _Sampler:
         return tokens, roles, hidden
 
 
-def train(target, corpus: Corpus, folder: Path, settings: DistillSettings, target_name: str, on_progress) -> dict:
+def _student(target, settings, sampler, start):
+    """What is trained, and a name for its files."""
+    if settings.kind == "lm":
+        start = start or pruned.first_layers(target, settings.num_layers)
+        return PrunedStudent(target, settings.num_layers, start), f"{settings.num_layers}-layers"
+    if start is None:
+        frequent = sampler.frequent_tokens(settings.head_tokens, vocabulary_size(target))
+        start = head.initial_tensors(target, frequent, *sampler.feature_statistics())
+    return HeadStudent(target, settings.depth, start), "head"
+
+
+def train(target, corpus: Corpus, folder: Path, settings: DistillSettings, target_name: str, on_progress,
+          start: dict | None = None) -> dict:
     """Train on the corpus; checkpoints in its folder, the best drafter so far in `folder`."""
     sampler = _Sampler(corpus, settings)
-    if settings.kind == "head":
-        student = HeadStudent(target, sampler.frequent_tokens(settings.head_tokens, vocabulary_size(target)))
-        name = "head"
-    else:
-        student = PrunedStudent(target, settings.num_layers)
-        name = f"{settings.num_layers}-layers"
+    student, name = _student(target, settings, sampler, start)
     own = student.own
     for parameter in own.values():
         parameter.requires_grad_(True)
@@ -227,7 +247,7 @@ def train(target, corpus: Corpus, folder: Path, settings: DistillSettings, targe
 def _update(student, optimizer, batch, step, settings):
     """One update; returns the loss, or None where the rows hold nothing to learn from."""
     generator = torch.Generator().manual_seed(settings.corpus.seed * 7_919 + step)
-    loss = student.loss(batch, settings.loss_positions, generator)
+    loss = student.loss(batch, settings.loss_positions, generator, step / settings.num_steps)
     if loss is None:
         return None
     optimizer.zero_grad(set_to_none=True)

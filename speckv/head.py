@@ -1,15 +1,16 @@
-"""A feature head in the manner of EAGLE: one decoder layer that continues the target's own last hidden states.
+"""A feature head in the manner of EAGLE: one decoder layer that continues the target's own hidden states.
 
-At position i the layer is fed the target's last hidden state of position i - 1 joined with the embedding of token i,
-and its output stands for the hidden state of position i: the output head makes of it the prediction of token i + 1,
-and the next draft token takes it in place of the target's. Embedding and output head are the target's own; the output
+At position i the layer is fed what the target made of position i - 1 joined with the embedding of token i, and its
+output stands for the last hidden state of position i: the output head makes of it the prediction of token i + 1, and
+the next draft token takes it in place of the target's. Embedding and output head are the target's own; the output
 head is cut to the tokens the target really writes, since in a small model it costs as much as the layer.
 
-Source: Li et al., EAGLE, arXiv 2401.15077.
+Sources: Li et al., EAGLE, arXiv 2401.15077; features of several layers: EAGLE-3, arXiv 2503.01840.
 """
 
 import torch
 from torch import nn
+from torch.nn.functional import linear, pad
 from transformers import DynamicCache
 
 from speckv import drafter_folder, pruned
@@ -17,55 +18,71 @@ from speckv.cache import check_rollback, context_limit, rope_switch, vocabulary_
 from speckv.errors import ModelError
 
 KIND = "head"
-COMBINE, TOKEN_IDS = "combine.weight", "token_ids"
+COMBINE, FUSE, CENTER, SCALE = "combine.weight", "fuse.weight", "features.center", "features.scale"
+LAYERS, TOKEN_IDS = "features.layers", "token_ids"
+FARTHEST = 10.0  # standard deviations; the first tokens of a text have hidden states like no others
 
 
 class FeatureHead(nn.Module):
     """A drafter for one target; a speckv.drafters.Drafter.
 
-    layer is a pruned model of one layer, combine [H, 2H] joins feature and embedding, token_ids [S] i64 names the
-    tokens it can draft, in ascending order.
+    layer is a pruned model of one layer. tensors: combine [H, 2H] joins what the head made of the last position with
+    the embedding; fuse [H, n·H] takes the former's place where the target has read the position, and is fed its hidden
+    states after n layers, less center and times scale [n·H]; token_ids [S] i64 names the tokens the head can draft,
+    in ascending order.
     """
 
-    wants_hidden = True
-
-    def __init__(self, target, layer, combine, token_ids):
+    def __init__(self, target, layer, tensors: dict):
         super().__init__()
         check_rollback(layer, "drafter")
         self.layer = layer
-        self.combine = nn.Parameter(combine, requires_grad=False)
-        self.token_ids = token_ids
+        self.combine = nn.Parameter(tensors[COMBINE], requires_grad=False)
+        self.fuse = nn.Parameter(tensors[FUSE], requires_grad=False)
+        self.center, self.scale = tensors[CENTER], tensors[SCALE]
+        self.token_ids = tensors[TOKEN_IDS]
+        self.wants_hidden = tuple(tensors[LAYERS].tolist())
         self.name = f"feature head of {type(target).__name__}"
         self.vocabulary = vocabulary_size(target)
         self.context = context_limit(target)
         self.rope_switch = rope_switch(target)
         head = target.get_output_embeddings()
         # A copy of some of the rows: a matrix product cannot skip the others where they lie.
-        self._rows = head.weight.detach()[token_ids]
-        self._bias = head.bias.detach()[token_ids] if getattr(head, "bias", None) is not None else None
+        self._rows = head.weight.detach()[self.token_ids]
+        self._bias = head.bias.detach()[self.token_ids] if getattr(head, "bias", None) is not None else None
         self._cap = getattr(target.config.get_text_config(), "final_logit_softcapping", None)
 
-    def hidden(self, features, ids, **settings):
-        """The layer's last hidden states [B, n, H], from the features [B, n, H] of the positions before and ids."""
+    def observed(self, states):
+        """What positions that the target has read [B, n, layers·H] bring to the ones after them: [B, n, H]."""
+        features = ((states.to(self.center.dtype) - self.center) * self.scale).clamp(-FARTHEST, FARTHEST)
+        return linear(features.to(self.fuse.dtype), self.fuse)
+
+    def continued(self, hidden):
+        """The same of positions that only the head has read, from its own last hidden states [B, n, H]."""
+        return linear(hidden, self.combine[:, :hidden.shape[-1]])
+
+    def hidden(self, before, ids, **settings):
+        """The head's last hidden states [B, n, H], from what the positions before bring [B, n, H], and ids [B, n]."""
         embeddings = self.layer.get_input_embeddings()(ids)
-        joined = torch.cat([features.to(embeddings.dtype), embeddings], dim=-1)
-        return self.layer.base_model(inputs_embeds=nn.functional.linear(joined, self.combine), **settings)
+        joined = before + linear(embeddings, self.combine[:, embeddings.shape[-1]:])
+        return self.layer.base_model(inputs_embeds=joined, **settings).last_hidden_state
 
     def logits(self, hidden):
         """Logits [..., S] over token_ids."""
-        logits = nn.functional.linear(hidden.to(self._rows.dtype), self._rows, self._bias)
+        logits = linear(hidden.to(self._rows.dtype), self._rows, self._bias)
         return torch.tanh(logits / self._cap) * self._cap if self._cap else logits
 
     def own_tensors(self) -> dict:
-        """What is stored: the layer and its norm, the joining matrix, and the token ids."""
-        return pruned.own_state(self.layer) | {COMBINE: self.combine.detach(), TOKEN_IDS: self.token_ids.int()}
+        """What is stored."""
+        return pruned.own_state(self.layer) | {
+            COMBINE: self.combine.detach(), FUSE: self.fuse.detach(), CENTER: self.center, SCALE: self.scale,
+            LAYERS: torch.tensor(self.wants_hidden, dtype=torch.int32), TOKEN_IDS: self.token_ids.int()}
 
     def open(self):
         return _HeadSession(self)
 
 
 class _HeadSession:
-    """The head at work on one sequence: which positions it has read, and which features are the target's own."""
+    """The head at work on one sequence: which positions it has read, and what was known of the positions before."""
 
     def __init__(self, head):
         self._head = head
@@ -74,31 +91,31 @@ class _HeadSession:
         self._length = 0  # positions in the cache
         self._exact = 0   # of these, how many were fed nothing but the target's own features
         self._observed = 0
-        # [1, positions, H]: the target's own where observed, then what the head made of them.
-        self._features = head.combine.new_zeros(1, 256, head.combine.shape[0])
+        # [1, positions, H], what each brings to the next: from the target where observed, then from the head.
+        self._brought = head.combine.new_zeros(1, 256, head.combine.shape[0])
 
     def observe(self, hidden, start: int) -> None:
-        """The target's last hidden states [1, n, H] of the positions from `start` on."""
-        self._room(start + hidden.shape[1])
-        self._features[:, start:start + hidden.shape[1]] = hidden
-        self._observed = start + hidden.shape[1]
+        """The target's hidden states [1, n, layers·H] of the positions from `start` on."""
+        end = start + hidden.shape[1]
+        self._room(end)
+        self._brought[:, start:end] = self._head.observed(hidden)
+        self._observed = end
 
     def next_logits(self, ids):
         """Logits [1, V] of the token after ids [1, n]; -inf where the head cannot draft a token."""
         start, end = self._length, ids.shape[1]
         self._room(end)
-        before = self._features[:, max(start - 1, 0):end - 1]
+        before = self._brought[:, max(start - 1, 0):end - 1]
         if start == 0:  # nothing comes before the first position
-            before = nn.functional.pad(before, (0, 0, 1, 0))
-        hidden = self._head.hidden(
-            before, ids[:, start:], past_key_values=self._cache, use_cache=True).last_hidden_state
+            before = pad(before, (0, 0, 1, 0))
+        hidden = self._head.hidden(before, ids[:, start:], past_key_values=self._cache, use_cache=True)[:, -1:]
         self._length = end
         if end <= self._observed + 1:
             self._exact = end
         if end > self._observed:
-            self._features[:, end - 1] = hidden[:, -1]
+            self._brought[:, end - 1:end] = self._head.continued(hidden)
         logits = hidden.new_full((1, self._head.vocabulary), float("-inf"))
-        return logits.index_copy_(1, self._head.token_ids, self._head.logits(hidden[:, -1]).to(logits.dtype))
+        return logits.index_copy_(1, self._head.token_ids, self._head.logits(hidden[:, 0]).to(logits.dtype))
 
     def rollback(self, length: int) -> None:
         """Forget what lies behind `length`, and what was computed from guessed features."""
@@ -109,36 +126,63 @@ class _HeadSession:
         self._observed = min(self._observed, length)
 
     def _room(self, positions):
-        missing = positions - self._features.shape[1]
+        missing = positions - self._brought.shape[1]
         if missing > 0:
-            self._features = nn.functional.pad(self._features, (0, 0, 0, missing + positions))
+            self._brought = pad(self._brought, (0, 0, 0, missing + positions))
+
+
+def feature_layers(target) -> tuple:
+    """Which of the target's hidden states a head is fed: early, middle and late ones, and the last.
+
+    The last has been shaped into a prediction and has lost much of what the earlier ones still know of the text
+    (Li et al., EAGLE-3, arXiv 2503.01840).
+    """
+    count = target.config.get_text_config(decoder=True).num_hidden_layers
+    inner = {min(max(1, round(count * share)), count - 1) for share in (0.1, 0.5, 0.9)} - {0}
+    return (*sorted(inner), -1)
 
 
 def build(target, tensors: dict) -> FeatureHead:
     """A head from its stored tensors; raises ModelError where they do not fit the target."""
+    config = target.config.get_text_config(decoder=True)
+    size, count = config.hidden_size, config.num_hidden_layers
     tensors = dict(tensors)
-    hidden_size = target.config.get_text_config().hidden_size
     try:
-        combine, token_ids = tensors.pop(COMBINE), tensors.pop(TOKEN_IDS).long()
+        own = {key: tensors.pop(key) for key in (COMBINE, FUSE, CENTER, SCALE, LAYERS, TOKEN_IDS)}
     except KeyError as error:
-        raise ModelError(f"the drafter's weights lack {error}: they are not those of a feature head") from None
-    if combine.shape != (hidden_size, 2 * hidden_size):
-        raise ModelError(f"the drafter's weights do not fit this target: {COMBINE} is {list(combine.shape)}, wanted "
-                         f"{[hidden_size, 2 * hidden_size]}; make one with 'speckv distill'")
+        raise ModelError(f"the drafter's weights lack {error}: they are not those of a feature head of this version; "
+                         "make one with 'speckv distill'") from None
+    fed = size * len(own[LAYERS])
+    for key, shape in ((COMBINE, (size, 2 * size)), (FUSE, (size, fed)), (CENTER, (fed,)), (SCALE, (fed,))):
+        if own[key].shape != shape:
+            raise ModelError(f"the drafter's weights do not fit this target: {key} is {list(own[key].shape)}, wanted "
+                             f"{list(shape)}; make one with 'speckv distill'")
+    layers, token_ids = own[LAYERS], own[TOKEN_IDS].long()
+    if layers.dim() != 1 or len(layers) == 0 or (layers < -1).any() or (layers > count).any():
+        raise ModelError(f"the drafter's weights do not fit this target: it has {count} layers, they want the hidden "
+                         f"states after {layers.tolist()}")
     if token_ids.dim() != 1 or not 0 < len(token_ids) <= vocabulary_size(target) or (
             (token_ids < 0) | (token_ids >= vocabulary_size(target))).any() or (token_ids.diff() <= 0).any():
         raise ModelError("the drafter's token ids do not fit this target: they must be ascending ids of its vocabulary")
     embedding = target.get_input_embeddings().weight
     layer = pruned.prune(target, 1)
     pruned.fill(layer, tensors, embedding.dtype, embedding.device)
-    return FeatureHead(target, layer, combine.to(embedding), token_ids.to(embedding.device))
+    own |= {key: own[key].to(embedding) for key in (COMBINE, FUSE)}
+    own |= {key: own[key].to(embedding.device, torch.float32) for key in (CENTER, SCALE)}
+    return FeatureHead(target, layer, own | {TOKEN_IDS: token_ids.to(embedding.device)})
 
 
-def initial_tensors(target, token_ids) -> dict:
-    """Where training starts: the target's first layer, fed the embedding alone until it learns what features add."""
-    hidden_size = target.config.get_text_config().hidden_size
-    combine = torch.cat([torch.zeros(hidden_size, hidden_size), torch.eye(hidden_size)], dim=1)
-    return pruned.first_layers(target, 1) | {COMBINE: combine, TOKEN_IDS: token_ids.int()}
+def initial_tensors(target, token_ids, center, scale) -> dict:
+    """Where training starts: the target's first layer, fed the embedding alone until it learns what features add.
+
+    center and scale [layers·H] f32 are the mean of the target's hidden states and one over their standard deviation.
+    """
+    size = target.config.get_text_config(decoder=True).hidden_size
+    combine = torch.cat([torch.zeros(size, size), torch.eye(size)], dim=1)
+    return pruned.first_layers(target, 1) | {
+        COMBINE: combine, FUSE: torch.zeros(size, len(center)),
+        CENTER: center.bfloat16(), SCALE: scale.bfloat16(),  # as they will be stored
+        LAYERS: torch.tensor(feature_layers(target), dtype=torch.int32), TOKEN_IDS: token_ids.int()}
 
 
 def save(folder, head: FeatureHead, card: dict) -> None:

@@ -1,22 +1,21 @@
 """The two kinds of drafter that distilling trains: what each learns from a batch, and how good it is on held-out text.
 
-A batch is tokens [R, L] i64, roles [R, L] u8 and the target's last hidden states [R, L, H]; position i predicts token
-i + 1, and only positions whose next token is the target's own answer count. Both are judged by the same two figures:
-match, the share of positions where the drafter's first choice is the target's; and accepted_at_4, the mean number of
-draft tokens that a greedy target would accept of four.
+A batch is tokens [R, L] i64, roles [R, L] u8 and the target's hidden states [R, L, n·H] after n layers, the last one
+last (speckv.cache.hidden_states); position i predicts token i + 1, and only positions whose next token is the target's
+own answer count. Both are judged by the same two figures: match, the share of positions where the drafter's first
+choice is the target's; and accepted_at_4, the mean number of draft tokens that a greedy target would accept of four.
 """
 
 import torch
 from torch.nn import functional as F
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from speckv import drafter_folder, head, pruned
 from speckv.corpus import ROLE_ANSWER
 
 MATCH_GAMMA = 4
-HEAD_DEPTH = 3           # draft tokens deep that a head is trained
-DEPTH_DECAY = 0.8        # what each further token counts, against the one before
-FEATURE_WEIGHT = 0.1     # of the distance to the target's hidden states, against the cross-entropy
+DEPTH_DECAY = 0.8  # what each further token counts, against the one before
 
 
 def head_logits(model, hidden):
@@ -33,31 +32,44 @@ def _choose(roles, count, generator):
     return answers[torch.randperm(len(answers), generator=generator)[:count]]
 
 
+def _last(target, hidden):
+    """The last of the joined hidden states."""
+    return hidden[..., -target.config.get_text_config(decoder=True).hidden_size:]
+
+
+def _mixed_precision(target):
+    """bf16 products where the target is held in bf16; many CPUs are faster without."""
+    return torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype == torch.bfloat16)
+
+
 class PrunedStudent:
     """The target's first layers, trained on its full distribution."""
 
     kind = pruned.KIND
 
-    def __init__(self, target, num_layers):
+    def __init__(self, target, num_layers, tensors):
         self._target = target
         self._num_layers = num_layers
         self._device = target.device
         self._drafter = pruned.prune(target, num_layers)
-        pruned.fill(self._drafter, pruned.first_layers(target, num_layers), torch.float32, target.device)
+        pruned.fill(self._drafter, tensors, torch.float32, target.device)
         names = pruned.own_state(self._drafter).keys()
         self.own = {key: value for key, value in self._drafter.base_model.named_parameters() if key in names}
 
-    def loss(self, batch, num_positions, generator):
-        """Cross-entropy against the target at num_positions of its answers; None where the rows hold none."""
+    def loss(self, batch, num_positions, generator, done):
+        """Cross-entropy against the target at num_positions of its answers; None where the rows hold none.
+
+        done is the share of the training that lies behind, 0 to 1.
+        """
         tokens, roles, hidden = batch
         chosen = _choose(roles, num_positions, generator).to(self._device)
         if len(chosen) == 0:
             return None
-        with torch.autocast(self._device.type, torch.bfloat16):
+        with _mixed_precision(self._target):
             output = self._drafter.base_model(tokens[:, :-1].to(self._device), use_cache=False).last_hidden_state
             logits = head_logits(self._drafter, output.flatten(0, 1)[chosen])
             with torch.no_grad():
-                features = hidden[:, :-1].to(self._device).flatten(0, 1)[chosen]
+                features = _last(self._target, hidden)[:, :-1].to(self._device).flatten(0, 1)[chosen]
                 teacher = head_logits(self._target, features).float().softmax(-1)
         return F.cross_entropy(logits.float(), teacher)
 
@@ -68,7 +80,8 @@ class PrunedStudent:
         A causal drafter reads the text itself, so its k-th token from here is its first token k - 1 positions on.
         """
         tokens, roles, hidden = batch
-        with torch.autocast(self._device.type, torch.bfloat16):
+        hidden = _last(self._target, hidden)
+        with _mixed_precision(self._target):
             output = self._drafter.base_model(tokens.to(self._device), use_cache=False).last_hidden_state
         for row in range(len(tokens)):
             positions = (roles[row, 1:] == ROLE_ANSWER).nonzero().flatten()
@@ -86,62 +99,72 @@ class HeadStudent:
 
     kind = head.KIND
 
-    def __init__(self, target, token_ids):
+    def __init__(self, target, depth, tensors):
         self._target = target
+        self._depth = depth
         self._device = target.device
-        self._head = head.build(target, head.initial_tensors(target, token_ids))
+        self._head = head.build(target, tensors)
         self._head.float()
         names = pruned.own_state(self._head.layer).keys()
         self.own = {key: value for key, value in self._head.layer.base_model.named_parameters() if key in names}
-        self.own[head.COMBINE] = self._head.combine
+        self.own |= {head.COMBINE: self._head.combine, head.FUSE: self._head.fuse}
 
-    def _passes(self, tokens, features, depth):
+    def _passes(self, tokens, hidden, depth):
         """What the head makes of every position when it is 1, 2, … depth tokens into a draft: a list of [R, L, H].
 
         In pass d a position sees the passes before as a draft would have left them: pass 1 (all features the
-        target's) up to d - 1 positions back, then one position of each later pass, then itself.
+        target's) up to d - 1 positions back, then one position of each later pass, then itself. The tokens are those
+        of the text in every pass: of a draft, only what the target would have written too is ever used.
         """
         length = tokens.shape[1]
         position = torch.arange(length, device=self._device)
         distance = position.unsqueeze(1) - position.unsqueeze(0)  # query - key
-        cache = DynamicCache(config=self._head.layer.config)
-        fed, outputs = features, []
+        cache = DynamicCache(config=self._head.layer.config) if depth > 1 else None
+        brought, outputs = self._head.observed(hidden), []
         for d in range(1, depth + 1):
-            before = F.pad(fed[:, :-1], (0, 0, 1, 0))
-            seen = [distance >= d - 1] + [distance == d - m for m in range(2, d + 1)]
-            output = self._head.hidden(
-                before, tokens, past_key_values=cache, use_cache=True, position_ids=position.unsqueeze(0),
-                attention_mask=torch.cat(seen, dim=1).expand(len(tokens), 1, -1, -1))
-            outputs.append(output.last_hidden_state)
-            fed = outputs[-1]
+            mask = None  # causal
+            if d > 1:
+                seen = [distance >= d - 1] + [distance == d - m for m in range(2, d + 1)]
+                mask = torch.cat(seen, dim=1).expand(len(tokens), 1, -1, -1)
+            outputs.append(self._head.hidden(
+                pad(brought[:, :-1], (0, 0, 1, 0)), tokens, past_key_values=cache, use_cache=depth > 1,
+                position_ids=position.unsqueeze(0), attention_mask=mask))
+            if d < depth:
+                brought = self._head.continued(outputs[-1])
         return outputs
 
-    def loss(self, batch, num_positions, generator):
-        """Cross-entropy and distance of features, at num_positions, summed over HEAD_DEPTH tokens of a draft."""
+    def _depth_at(self, done):
+        """One token deep for half of the training, where most is learnt for the least; then step by step deeper."""
+        return 1 if done < 0.5 else min(self._depth, 2 + int((2 * done - 1) * (self._depth - 1)))
+
+    def loss(self, batch, num_positions, generator, done):
+        """Cross-entropy at num_positions, averaged over the tokens of a draft of growing depth.
+
+        done is the share of the training that lies behind, 0 to 1.
+        """
         tokens, roles, hidden = batch
         chosen = _choose(roles, num_positions, generator).to(self._device)
         if len(chosen) == 0:
             return None
-        tokens, features = tokens[:, :-1].to(self._device), hidden[:, :-1].to(self._device)
-        wanted = features.flatten(0, 1)[chosen]
-        with torch.autocast(self._device.type, torch.bfloat16):
+        depth = self._depth_at(done)
+        tokens, hidden = tokens[:, :-1].to(self._device), hidden[:, :-1].to(self._device)
+        with _mixed_precision(self._target):
             with torch.no_grad():
-                teacher = self._head.logits(wanted).float().softmax(-1)
+                teacher = self._head.logits(_last(self._target, hidden).flatten(0, 1)[chosen]).float().softmax(-1)
             total = 0.0
-            for d, output in enumerate(self._passes(tokens, features, HEAD_DEPTH)):
-                made = output.flatten(0, 1)[chosen]
-                loss = F.cross_entropy(self._head.logits(made).float(), teacher)
-                loss = loss + FEATURE_WEIGHT * F.smooth_l1_loss(made.float(), wanted.float())
-                total = total + DEPTH_DECAY ** d * loss
-        return total / sum(DEPTH_DECAY ** d for d in range(HEAD_DEPTH))
+            for d, output in enumerate(self._passes(tokens, hidden, depth)):
+                drafted = self._head.logits(output.flatten(0, 1)[chosen])
+                total = total + DEPTH_DECAY ** d * F.cross_entropy(drafted.float(), teacher)
+        return total / sum(DEPTH_DECAY ** d for d in range(depth))
 
     @torch.no_grad()
     def judge(self, batch):
         """For each row: match [positions, 4], column k of it k + 1 tokens into a draft, and whether the text goes on
         with the target's first choice [positions]."""
         tokens, roles, hidden = batch
-        with torch.autocast(self._device.type, torch.bfloat16):
+        with _mixed_precision(self._target):
             outputs = self._passes(tokens.to(self._device), hidden.to(self._device), MATCH_GAMMA)
+        hidden = _last(self._target, hidden)
         for row in range(len(tokens)):
             positions = (roles[row, 1:] == ROLE_ANSWER).nonzero().flatten()
             choice = head_logits(self._target, hidden[row, positions].to(self._device)).argmax(-1).cpu()

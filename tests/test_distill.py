@@ -66,18 +66,18 @@ def finished(target, settings, tmp_path_factory):
 
 
 def test_the_target_writes_questions_and_answers_in_its_own_format(target):
-    shard = write_shard(target, tiny_tokenizer(), SETTINGS.corpus, 0)
+    shard = write_shard(target, tiny_tokenizer(), SETTINGS.corpus, 0, (1, -1))
     tokens, roles, hidden = shard["tokens"], shard["roles"], shard["hidden"]
     assert tokens.shape == roles.shape == (ROWS, LENGTH)
     assert (tokens[:, 0] == 1).all(), "every row starts with the user's turn"
     assert {ROLE_QUESTION, ROLE_ANSWER} <= set(roles.unique().tolist())
-    logits = target.lm_head(hidden.float())
+    logits = target.lm_head(hidden[..., 32:].float())
     expected = target(tokens.long()).logits
     torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)  # hidden states are stored in bf16
 
 
 def test_a_shard_depends_on_nothing_but_its_number(target):
-    first, again, other = (write_shard(target, tiny_tokenizer(), SETTINGS.corpus, index) for index in (1, 1, 2))
+    first, again, other = (write_shard(target, tiny_tokenizer(), SETTINGS.corpus, index, (-1,)) for index in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["tokens"], other["tokens"])
 
@@ -196,11 +196,11 @@ def test_settings_that_make_no_sense_are_refused(changes):
 
 
 def test_a_damaged_shard_is_written_again(target, tmp_path):
-    corpus = Corpus(tmp_path, SETTINGS.corpus, "tiny")
+    corpus = Corpus(tmp_path, SETTINGS.corpus, "tiny", (-1,))
     for index in range(SETTINGS.corpus.num_shards):
         corpus.add(index, {"tokens": torch.full((2, 2), index)})
     corpus.file(1).write_bytes(b"damaged")
-    assert Corpus(tmp_path, SETTINGS.corpus, "tiny").missing() == [1]
+    assert Corpus(tmp_path, SETTINGS.corpus, "tiny", (-1,)).missing() == [1]
 
 
 def test_a_work_folder_of_another_run_is_refused(target, settings, finished):

@@ -6,6 +6,7 @@ from tiny_models import VOCABULARY, prompt_ids, tiny_model
 
 import speckv
 from speckv import ModelError, drafter_folder, head
+from speckv.cache import hidden_states
 from speckv.students import MATCH_GAMMA, HeadStudent
 
 ARCHITECTURES = ["llama", "qwen2", "gemma", "gpt2", "mistral-sliding"]
@@ -15,9 +16,22 @@ def tiny_head(target, seed=0, drafts=60):
     """A head with random joining weights that can draft `drafts` of the tokens."""
     generator = torch.Generator().manual_seed(seed)
     token_ids = torch.randperm(VOCABULARY, generator=generator)[:drafts].sort().values
-    tensors = head.initial_tensors(target, token_ids)
-    tensors[head.COMBINE] = tensors[head.COMBINE] + 0.2 * torch.randn(tensors[head.COMBINE].shape, generator=generator)
-    return head.build(target, tensors)
+    return head.build(target, random_tensors(target, token_ids, generator))
+
+
+def random_tensors(target, token_ids, generator=None):
+    """Weights of a head that mixes features and embeddings at random."""
+    size = 32 * len(head.feature_layers(target))
+    center, scale = (torch.rand(size, generator=generator) for _ in range(2))
+    tensors = head.initial_tensors(target, token_ids, center, scale)
+    for key in (head.COMBINE, head.FUSE):
+        tensors[key] = tensors[key] + 0.2 * torch.randn(tensors[key].shape, generator=generator)
+    return tensors
+
+
+def features_of(target, ids):
+    """What the loop shows the head of ids."""
+    return hidden_states(target(ids, output_hidden_states=True), head.feature_layers(target))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -36,10 +50,10 @@ def test_training_sees_what_the_loop_drafts(architecture):
     """Pass d at position j is what a session makes of it that has the target's features up to j - d."""
     target = tiny_model(architecture)
     drafter = tiny_head(target, drafts=VOCABULARY)
-    student = HeadStudent(target, drafter.token_ids)
+    student = HeadStudent(target, 3, random_tensors(target, drafter.token_ids))
     student._head = drafter
     ids = prompt_ids(20)
-    features = target(ids, output_hidden_states=True).hidden_states[-1]
+    features = features_of(target, ids)
     passes = student._passes(ids, features, MATCH_GAMMA)
     for start in (3, 9, 16):
         session = drafter.open()
@@ -55,7 +69,7 @@ def test_a_rollback_leaves_nothing_of_the_rejected_draft():
     target = tiny_model()
     drafter = tiny_head(target)
     ids = prompt_ids(20)
-    features = target(ids, output_hidden_states=True).hidden_states[-1]
+    features = features_of(target, ids)
 
     def drafted(session):
         session.observe(features[:, 9:15], 9)
@@ -76,7 +90,7 @@ def test_a_head_never_drafts_outside_its_tokens():
     target = tiny_model()
     drafter = tiny_head(target, drafts=7)
     session = drafter.open()
-    session.observe(torch.randn(1, 4, 32), 0)
+    session.observe(torch.randn(1, 4, 96), 0)
     logits = session.next_logits(prompt_ids(5))
     assert logits.isfinite().nonzero()[:, 1].tolist() == drafter.token_ids.tolist()
 
@@ -88,18 +102,21 @@ def test_a_head_survives_its_folder(tmp_path):
     again = speckv.load_drafter(str(tmp_path), target)
     session, other = drafter.open(), again.open()
     for each in (session, other):
-        each.observe(torch.ones(1, 4, 32), 0)
+        each.observe(torch.ones(1, 4, 96), 0)
     torch.testing.assert_close(session.next_logits(prompt_ids(5)), other.next_logits(prompt_ids(5)),
                                rtol=0.05, atol=0.05)  # stored in bf16
 
 
 @pytest.mark.parametrize("change, words", [
     (lambda tensors: tensors.pop(head.COMBINE), "lack"),
+    (lambda tensors: tensors.pop(head.FUSE), "lack"),
     (lambda tensors: tensors.update({head.COMBINE: torch.zeros(2, 2)}), "do not fit this target"),
+    (lambda tensors: tensors.update({head.FUSE: torch.zeros(32, 2)}), "do not fit this target"),
+    (lambda tensors: tensors.update({head.LAYERS: torch.tensor([1, 9, -1])}), "it has 3 layers"),
     (lambda tensors: tensors.update({head.TOKEN_IDS: torch.tensor([1, 1])}), "must be ascending"),
     (lambda tensors: tensors.update({head.TOKEN_IDS: torch.tensor([5, VOCABULARY])}), "must be ascending"),
     (lambda tensors: tensors.update({head.TOKEN_IDS: torch.zeros(0)}), "must be ascending"),
-], ids=["missing", "shape", "twice", "too large", "none"])
+], ids=["missing", "of before", "shape", "fewer layers", "no such layer", "twice", "too large", "none"])
 def test_a_head_that_does_not_fit_is_refused(tmp_path, change, words):
     target = tiny_model()
     tensors = tiny_head(target).own_tensors()
