@@ -10,10 +10,11 @@ import torch
 
 try:
     import typer
+    from rich.console import Console
 except ImportError:
     sys.exit("speckv: the command line needs packages of its own: pip install 'speckv[cli]'")
 
-from speckv.errors import SpecKVError
+from speckv.errors import InputError, SpecKVError
 from speckv.models import COMPRESSIONS, EMBEDDED
 from speckv.policy import POLICIES
 
@@ -28,6 +29,7 @@ Draft = Annotated[str, typer.Option(
          "language model with the target's tokenizer, 'lookup' (copies from the text so far, needs no model), or "
          "'lookup+' and one of these.")]
 Compression = Annotated[str, typer.Option(help=f"How the target is held: {', '.join(COMPRESSIONS)}.")]
+TOKENS, MOST_TOKENS, EPOCHS = 400_000, 4_000_000, 10.0  # of a distillation; the second with --hours
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if not given.")]
 
 
@@ -75,12 +77,18 @@ def generate(
               f"{figures['acceptance_rate']:.0%} of draft tokens accepted", file=sys.stderr)
 
 
+def _names(text):
+    return [name.strip() for name in text.split(",")]
+
+
 @app.command()
 def demo(
     target: Target = EMBEDDED,
     draft: Draft = EMBEDDED,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer.")] = 64,
-    policy: Annotated[str, typer.Option(help=f"What to compare with plain decoding: {POLICIES}.")] = "fixed:4",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer.")] = 48,
+    policy: Annotated[str, typer.Option(
+        help=f"What to compare with plain decoding, one or more with commas between: {POLICIES}.")
+    ] = "fixed:1,fixed:2,fixed:3",
     compressions: Annotated[str, typer.Option(help="Which levels, comma-separated.")] = "bf16,int8,nf4",
     threads: Threads = None,
 ):
@@ -88,51 +96,96 @@ def demo(
     from speckv.demo import run
 
     _set_threads(threads)
-    run(target, draft, [name.strip() for name in compressions.split(",")], policy, max_new_tokens)
+    run(target, draft, _names(compressions), _names(policy), max_new_tokens)
 
 
 @app.command()
 def distill(
-    output: Annotated[Path, typer.Option(help="Folder for the drafter; the best so far is always there.")],
+    output: Annotated[Path | None, typer.Option(
+        help="Folder for the drafter; the best so far is always there, with a README of what it is and how good. "
+             "Needed unless --write-only.")] = None,
     target: Target = EMBEDDED,
     kind: Annotated[str, typer.Option(
         help="'head': one layer that continues the target's hidden states, the cheapest drafter; 'lm': the target's "
              "first layers, a language model of its own.")] = "head",
     layers: Annotated[int, typer.Option(min=1, help="How many layers an 'lm' drafter keeps.")] = 2,
-    tokens: Annotated[int, typer.Option(min=1, help="How much text the target writes to train on.")] = 400_000,
-    epochs: Annotated[float, typer.Option(help="How often the text is trained on.")] = 10.0,
+    depth: Annotated[int, typer.Option(
+        min=1, help="How many of its own tokens deep a head is trained, in the second half of the training. Deeper "
+                    "makes long drafts better; a step then takes that many times as long.")] = 3,
+    tokens: Annotated[int | None, typer.Option(
+        min=1, show_default=False, help="How much text the target writes to train on: 400,000 if not given; with "
+                                        "--hours, the most it may write, 4,000,000 if not given.")] = None,
+    epochs: Annotated[float | None, typer.Option(
+        show_default=False, help="How often the text is trained on; 10 if not given. More text teaches more than more "
+                                 "epochs.")] = None,
+    hours: Annotated[float | None, typer.Option(
+        help="Finish in about so many hours, all sittings together, whatever this machine can do in them: 40 % of the "
+             "time writes text, the rest trains on it. In place of --epochs.")] = None,
+    start_from: Annotated[str | None, typer.Option(
+        help=f"Train this drafter further, of the same kind: a folder made by 'speckv distill', or '{EMBEDDED}' for "
+             "the shipped one. The outcome is never worse than it on held-out text.")] = None,
+    resume: Annotated[bool, typer.Option(
+        help="Go on where the last run in the work folder stopped; --no-resume trains anew on the text that is there.")
+    ] = True,
+    write_only: Annotated[bool, typer.Option(
+        "--write-only", help="Only write text that is missing, then stop. Several processes may do this at once in one "
+                             "work folder, also beside one that distills.")] = False,
     work: Annotated[Path | None, typer.Option(
-        help="Folder for text and checkpoints (about 1.2 kB a token for a small model); in the cache if not given.")
-    ] = None,
+        help=f"Folder for text and checkpoints; in the cache if not given. A token of text takes 2 bytes times the "
+             f"target's hidden size times 4: 4.6 kB for '{EMBEDDED}', 1.9 GB for 400,000.")] = None,
     threads: Threads = None,
 ):
     """Make a drafter for a target: it writes its own training text, and the drafter learns to write it too.
 
-    Interrupt it at any time; the same command goes on where it stopped. Example:
+    Interrupt it at any time; the same command goes on where it stopped. On the CPU the target is held in fp32, where
+    that is faster than bf16; the drafter serves every compression. Examples:
 
     speckv distill --target smollm2 --output my-drafter && speckv generate --draft my-drafter --prompt "Hello"
+
+    speckv distill --target smollm2 --output my-drafter --hours 8 --start-from smollm2
     """
     from speckv import load_target
     from speckv.cache import context_limit
     from speckv.corpus import CorpusSettings
     from speckv.distill import DistillSettings
     from speckv.distill import distill as train
+    from speckv.distill import write_only as write
     from speckv.files import cache_folder
-    from speckv.terminal import DistillProgress
+    from speckv.memory import keep_freed_memory
+    from speckv.models import default_device
+    from speckv.terminal import DistillProgress, held_out_table
+    from speckv.training_plot import INSTALL, can_draw
 
+    if output is None and not write_only:
+        raise InputError("no folder for the drafter: say --output FOLDER")
+    if hours is not None and epochs is not None:
+        raise InputError("--hours and --epochs both say when training ends: give one of them")
+    keep_freed_memory()
     _set_threads(threads)
-    model, tokenizer = load_target(target, "bf16")
-    corpus = CorpusSettings(tokens=tokens)
+    corpus = CorpusSettings(tokens=tokens or (TOKENS if hours is None else MOST_TOKENS))
+    settings = DistillSettings(kind=kind, num_layers=layers, depth=depth, epochs=EPOCHS if epochs is None else epochs,
+                               hours=hours, corpus=corpus)
+    model, tokenizer = load_target(target, "fp32" if default_device().type == "cpu" else "bf16")
     corpus = replace(corpus, length=min(corpus.length, context_limit(model) or corpus.length))
-    settings = DistillSettings(kind=kind, num_layers=layers, corpus=corpus, epochs=epochs)
+    settings = replace(settings, corpus=corpus)
     work = work or cache_folder() / "distill" / target.replace("/", "--")
     try:
         with DistillProgress() as progress:
-            best = train(model, tokenizer, output, work, settings, target, progress)
+            if write_only:
+                missing = write(model, tokenizer, work, settings, progress)
+            else:
+                best = train(model, tokenizer, output, work, settings, target, progress, start_from, resume)
     except KeyboardInterrupt:
         print(f"stopped; what is done lies in {work}, and the same command goes on from there", file=sys.stderr)
         raise typer.Exit(130) from None
+    if write_only:
+        print(f"{work}: " + (f"{missing} shards of text are left, or being written by other processes" if missing
+                             else "all text is written"))
+        return
+    Console(highlight=False).print(held_out_table(best))
     print(f"{output}: held-out greedy match {best['match']:.3f}, {best['accepted_at_4']:.2f} tokens accepted of 4")
+    if not can_draw():
+        print(f"no plot of the training without matplotlib: {INSTALL}, and the same command draws it", file=sys.stderr)
 
 
 @app.command()

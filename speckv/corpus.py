@@ -7,10 +7,12 @@ sampled, so no row is ever padded. The hidden states that come for free are stor
 target's full distribution at every position.
 """
 
+import copy
 import hashlib
 import json
 import random
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +22,7 @@ from safetensors.torch import save_file
 
 from speckv.cache import hidden_states, roomy_cache
 from speckv.errors import ModelError
-from speckv.files import atomic_file, locked, sha256, write_json
+from speckv.files import atomic_file, claimed, locked, remove_leftovers, sha256, write_json
 from speckv.kernels import draft_sample
 from speckv.questions import question
 
@@ -230,9 +232,18 @@ class Corpus:
         self._manifest_file = self.folder / "corpus.json"
         self._identity = {"target": target_identity, "rows": settings.rows, "length": settings.length,
                           "seed": settings.seed, "layers": list(layers)}
-        self._hashes = self._read_manifest() if self._manifest_file.exists() else {}
+        self._hashes = self._read_manifest()
+        self._verified = {}  # shards read and found whole, with their hashes: reading them takes a second each
+
+    def first(self, count: int) -> "Corpus":
+        """The same text, of which only the first shards count."""
+        shorter = copy.copy(self)
+        shorter.settings = replace(self.settings, tokens=count * self.settings.rows * self.settings.length)
+        return shorter
 
     def _read_manifest(self):
+        if not self._manifest_file.exists():
+            return {}
         try:
             manifest = json.loads(self._manifest_file.read_text())
             identity, shards = manifest["identity"], dict(manifest["shards"])
@@ -254,16 +265,33 @@ class Corpus:
     def _is_intact(self, index):
         file = self.file(index)
         digest = self._hashes.get(file.name)
-        return digest is not None and file.exists() and sha256(file) == digest
+        if digest is None or not file.exists():
+            return False
+        if self._verified.get(file.name) != digest and sha256(file) == digest:
+            self._verified[file.name] = digest
+        return self._verified.get(file.name) == digest
+
+    @contextmanager
+    def claim(self, index: int):
+        """Ask to be the one process that makes a shard now; yields whether this one is. Dying lets go of it."""
+        with claimed(self.folder / "claims" / f"{index:05d}.lock") as is_ours:
+            if is_ours:
+                remove_leftovers(self.folder, self.file(index).name)
+            yield is_ours
+
+    def has(self, index: int) -> bool:
+        """Whether the shard is there as it was written, perhaps by another process a moment ago."""
+        self._hashes = self._read_manifest()
+        return self._is_intact(index)
 
     def add(self, index: int, tensors: dict) -> None:
         with atomic_file(self.file(index)) as temporary:
             save_file(tensors, temporary)
             digest = sha256(temporary)
         with locked(self.folder / "manifest", "adding text", wait=True):  # several processes may be writing shards
-            if self._manifest_file.exists():
-                self._hashes = self._read_manifest()
-            self._hashes[self.file(index).name] = digest
+            remove_leftovers(self.folder, self._manifest_file.name)
+            self._hashes = self._read_manifest()
+            self._hashes[self.file(index).name] = self._verified[self.file(index).name] = digest
             write_json(self._manifest_file, {"identity": self._identity, "shards": dict(sorted(self._hashes.items()))})
 
     def read(self, index: int, *names) -> list:

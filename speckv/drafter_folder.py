@@ -6,16 +6,19 @@ which a new drafter takes the old one's place.
 
 import json
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from speckv import files
 from speckv.errors import ModelError
 from speckv.files import atomic_file, sha256, write_json
 
 CARD_FILE = "drafter.json"
+SCRATCH = ".drafter-"
 WEIGHTS_NAME = re.compile(r"drafter-[0-9a-f]{12}\.safetensors")
 ADVICE = "fetch it again, or make one with 'speckv distill'"
 
@@ -25,7 +28,7 @@ def write(folder: Path, kind: str, tensors: dict, card: dict) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stored = {key: _storable(tensor) for key, tensor in tensors.items()}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
         made = Path(scratch) / "weights"
         save_file(stored, made, metadata={"format": "pt"})
         digest, size = sha256(made), made.stat().st_size
@@ -41,6 +44,14 @@ def write(folder: Path, kind: str, tensors: dict, card: dict) -> None:
 def _storable(tensor):
     tensor = tensor.detach().cpu().contiguous()
     return tensor.bfloat16() if tensor.is_floating_point() else tensor
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half-written; nobody may be writing there."""
+    for entry in Path(folder).glob(f"{SCRATCH}*"):
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+    files.remove_leftovers(folder, "drafter*")
 
 
 def is_drafter(folder: Path) -> bool:

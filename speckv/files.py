@@ -84,6 +84,28 @@ def locked(folder: Path, doing: str, wait: bool):
         raise InputError(f"another process is {doing} in {folder}: wait for it, or choose another folder") from None
 
 
+@contextmanager
+def claimed(file: Path):
+    """Try to hold a lock file, and yield whether this process does; one that dies lets go of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove what a killed process left of an atomic_file `name` (a pattern); nobody may be writing it."""
+    for temporary in Path(folder).glob(f".{name}.????????"):
+        temporary.unlink(missing_ok=True)
+
+
 def check_writable(folder: Path) -> None:
     """Raise InputError unless files can be written in `folder`, which is made if need be."""
     try:

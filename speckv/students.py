@@ -3,7 +3,8 @@
 A batch is tokens [R, L] i64, roles [R, L] u8 and the target's hidden states [R, L, n·H] after n layers, the last one
 last (speckv.cache.hidden_states); position i predicts token i + 1, and only positions whose next token is the target's
 own answer count. Both are judged by the same two figures: match, the share of positions where the drafter's first
-choice is the target's; and accepted_at_4, the mean number of draft tokens that a greedy target would accept of four.
+choice is the target's; and accepted_at_4, the mean number of draft tokens that a greedy target would accept of four
+(accepted_by_gamma: of one, two, three and four).
 """
 
 import torch
@@ -178,7 +179,7 @@ class HeadStudent:
 
 
 def evaluate(student, batches) -> dict:
-    """The two held-out figures, and the match k tokens into a draft."""
+    """The held-out figures: match, also k tokens into a draft, and how many tokens of a draft are accepted."""
     matches, chains = [], []
     for batch in batches:
         for match, follows in student.judge(batch):
@@ -187,9 +188,10 @@ def evaluate(student, batches) -> dict:
                 # Token k of the draft that starts at i is drafted at position i + k - 1, k tokens deep.
                 ahead = torch.stack([match[k:len(match) - MATCH_GAMMA + 1 + k, k] for k in range(MATCH_GAMMA)], dim=1)
                 is_greedy = follows.unfold(0, MATCH_GAMMA, 1).all(-1)
-                chains.append(ahead[is_greedy].long().cumprod(-1).sum(-1))
+                chains.append(ahead[is_greedy].long().cumprod(-1).cumsum(-1))
     match = torch.cat(matches).float() if matches else torch.zeros(0, MATCH_GAMMA)
-    accepted = torch.cat(chains).float() if chains else torch.zeros(0)
-    by_depth = match.mean(0).tolist() if len(match) else [0.0] * MATCH_GAMMA
-    return {"match": by_depth[0], "match_by_depth": by_depth,
-            "accepted_at_4": accepted.mean().item() if len(accepted) else 0.0}
+    accepted = torch.cat(chains).float() if chains else torch.zeros(0, MATCH_GAMMA)
+    by_depth, by_gamma = (figures.mean(0).tolist() if len(figures) else [0.0] * MATCH_GAMMA
+                          for figures in (match, accepted))
+    return {"match": by_depth[0], "match_by_depth": by_depth, "accepted_at_4": by_gamma[-1],
+            "accepted_by_gamma": by_gamma}

@@ -5,6 +5,7 @@ import re
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.style import Style
+from rich.table import Table
 
 ACCEPTED_STYLE = Style(color="green")
 HALF_A_CHARACTER = "\ufffd"  # what a tokenizer makes of bytes that are not a whole character
@@ -71,13 +72,25 @@ class DistillProgress:
         if progress.stage not in self._tasks:
             self._tasks[progress.stage] = self._bars.add_task(
                 STAGES[progress.stage], total=progress.total, completed=progress.done, speed="", figures="")
-        figures = []
+        figures = [progress.note] if progress.note else []
         if progress.loss is not None:
             figures.append(f"loss {progress.loss:.3f}")
         if progress.held_out:
-            figures.append(f"held-out match {progress.held_out['match']:.3f}")
+            by_depth = "/".join(f"{100 * match:.0f}" for match in progress.held_out["match_by_depth"])
+            figures.append(f"held-out match {by_depth} %")
             figures.append(f"accepted of 4 {progress.held_out['accepted_at_4']:.2f}")
         task = self._tasks[progress.stage]
         speed = self._bars.tasks[task].speed
-        self._bars.update(task, completed=progress.done, figures=", ".join(figures),
-                          speed=f"{speed:,.0f} tokens/s" if speed else "")
+        self._bars.update(task, completed=progress.done, total=progress.total,
+                          figures=", ".join(figures), speed=f"{speed:,.0f} tokens/s" if speed else "")
+
+
+def held_out_table(held_out: dict) -> Table:
+    """How good a drafter is on text it was not trained on, by how many tokens it drafts."""
+    result = Table(title="on held-out text")
+    result.add_column("tokens drafted")
+    for gamma in range(1, len(held_out["match_by_depth"]) + 1):
+        result.add_column(str(gamma), justify="right")
+    result.add_row("the last is the target's first choice", *(f"{match:.1%}" for match in held_out["match_by_depth"]))
+    result.add_row("accepted (greedy target)", *(f"{accepted:.2f}" for accepted in held_out["accepted_by_gamma"]))
+    return result

@@ -73,12 +73,27 @@ def test_doctor_names_the_backend_of_every_op(monkeypatch, capsys):
 
 @needs_embedded
 def test_demo_prints_a_table_with_every_cell(monkeypatch, capsys):
-    cells = demo.run("smollm2", "smollm2", ["bf16"], "fixed:2", max_new_tokens=8)
+    cells = demo.run("smollm2", "smollm2", ["bf16"], ["fixed:2", "fixed:1"], max_new_tokens=8)
     printed = capsys.readouterr().out
     assert [cell.task for cell in cells] == list(demo.PROMPTS)
     for cell in cells:
-        assert cell.plain.new_tokens == cell.speculative.new_tokens == 8
-        assert f"{cell.ratio:.2f}×" in printed
+        assert cell.plain.new_tokens == 8
+        for output in cell.speculative.values():
+            assert output.new_tokens == 8
+            assert f"{output.tokens_per_second / cell.plain.tokens_per_second:.2f}×" in printed
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--kind", "head"], "say --output FOLDER"),
+    (["--output", "drafter", "--hours", "1", "--epochs", "2"], "give one of them"),
+    (["--output", "drafter", "--hours", "0"], "must be positive"),
+    (["--output", "drafter", "--kind", "tree"], "choose one of lm, head"),
+], ids=lambda value: value[-1] if isinstance(value, list) else "")
+def test_a_distillation_that_makes_no_sense_is_refused_in_one_line(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, printed = run_main(monkeypatch, capsys, "distill", *arguments)
+    assert status == 2 and words in printed.err and len(printed.err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["head", "lm"])
@@ -88,10 +103,15 @@ def test_distill_makes_a_drafter_that_generate_uses(kind, tmp_path, monkeypatch,
     model.save_pretrained(tmp_path / "target")
     tiny_tokenizer().save_pretrained(tmp_path / "target")
     target = ["--target", str(tmp_path / "target")]
-    folders = ["--output", str(tmp_path / "drafter"), "--work", str(tmp_path / "work")]
-    status, printed = run_main(monkeypatch, capsys, "distill", *target, *folders, "--kind", kind, "--layers", "1",
-                               "--tokens", "1", "--epochs", "1")
-    assert status == 0 and "held-out greedy match" in printed.out
+    work = ["--work", str(tmp_path / "work"), "--tokens", "1"]
+    settings = [*target, *work, "--kind", kind, "--layers", "1", "--epochs", "1"]
+    status, printed = run_main(monkeypatch, capsys, "distill", *target, *work, "--write-only")
+    assert status == 0 and "all text is written" in printed.out
+    status, printed = run_main(monkeypatch, capsys, "distill", *settings, "--output", str(tmp_path / "drafter"))
+    assert status == 0 and "held-out greedy match" in printed.out and "accepted (greedy target)" in printed.out
+    further = ["--output", str(tmp_path / "further"), "--start-from", str(tmp_path / "drafter")]
+    status, printed = run_main(monkeypatch, capsys, "distill", *settings, *further)
+    assert status == 2 and "--no-resume" in printed.err
     status, printed = run_main(monkeypatch, capsys, "generate", *target, "--draft", str(tmp_path / "drafter"),
                                "--prompt", "w1 w2", "--max-new-tokens", "10", "--json")
     assert status == 0 and json.loads(printed.out)["tokens"] <= 10

@@ -1,22 +1,31 @@
 """Distilling learns, can be interrupted anywhere without a trace, and leaves a drafter that loads."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import random
 import shutil
+import time
+from pathlib import Path
 
+import distill_worker
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_chat import tiny_tokenizer
 from tiny_models import prompt_ids, tiny_model
 
 import speckv
-from speckv import InputError, ModelError, distill, drafter_folder, pruned
+from speckv import InputError, ModelError, distill, drafter_folder, memory, model_card, pruned, training_plot
 from speckv.corpus import ROLE_ANSWER, ROLE_QUESTION, Corpus, CorpusSettings, write_shard
 from speckv.distill import DistillSettings
 from speckv.files import locked
 
-END_OF_TURN = 3
 ROWS, LENGTH = 16, 40
 SETTINGS = DistillSettings(
     kind="lm", num_layers=1, head_tokens=50, epochs=3, batch_rows=4, warmup_steps=2, evaluate_every=6,
@@ -26,7 +35,7 @@ SETTINGS = DistillSettings(
 @pytest.fixture(scope="module", autouse=True)
 def few_held_out_rows():
     patch = pytest.MonkeyPatch()
-    patch.setattr(distill, "HELD_OUT_ROWS", 8)
+    patch.setattr(distill, "HELD_OUT_ROWS", distill_worker.HELD_OUT_ROWS)
     yield
     patch.undo()
 
@@ -34,7 +43,7 @@ def few_held_out_rows():
 @pytest.fixture(scope="module")
 def target():
     model = tiny_model("llama")
-    model.generation_config.eos_token_id = END_OF_TURN
+    model.generation_config.eos_token_id = distill_worker.END_OF_TURN
     return model
 
 
@@ -42,7 +51,7 @@ class Interrupted(Exception):
     pass
 
 
-def run(target, folder, work, stop_after=None, settings=SETTINGS):
+def run(target, folder, work, stop_after=None, settings=SETTINGS, **options):
     """Distill, interrupted at the n-th report of progress where asked for."""
     calls = []
 
@@ -50,7 +59,7 @@ def run(target, folder, work, stop_after=None, settings=SETTINGS):
         calls.append(progress)
         if len(calls) == stop_after:
             raise Interrupted
-    return distill.distill(target, tiny_tokenizer(), folder, work, settings, "tiny", on_progress), calls
+    return distill.distill(target, tiny_tokenizer(), folder, work, settings, "tiny", on_progress, **options), calls
 
 
 @pytest.fixture(scope="module", params=["lm", "head"])
@@ -107,12 +116,31 @@ def checkpoint(work):
     return file
 
 
+def card(place):
+    return json.loads((place / "drafter/drafter.json").read_text())
+
+
+def history(place):
+    return json.loads((place / "drafter/history.json").read_text())
+
+
+def stored_state(place):
+    with safe_open(checkpoint(place / "work"), "pt") as stored:
+        return json.loads(stored.metadata()["state"])
+
+
 def assert_same_run(root, other):
     expected, got = (load_file(checkpoint(place / "work")) for place in (root, other))
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[key], got[key]) for key in expected)
-    cards = [json.loads((place / "drafter/drafter.json").read_text()) for place in (root, other)]
+    cards = [card(place) for place in (root, other)]
+    for trained in (found["trained"] for found in cards):
+        assert min(trained.pop("seconds").values()) > 0
     assert cards[0] == cards[1], "the best drafter is the same, weights included"
+    histories = [history(place) for place in (root, other)]
+    for entry in itertools.chain(*histories):
+        del entry["seconds"]
+    assert histories[0] == histories[1]
     shards = [json.loads((place / "work/corpus.json").read_text())["shards"] for place in (root, other)]
     assert shards[0] == shards[1] and len(shards[0]) == SETTINGS.corpus.num_shards
     left = [file.name for file in other.rglob(".*") if file.name != ".lock"]
@@ -211,6 +239,185 @@ def test_a_work_folder_of_another_run_is_refused(target, settings, finished):
     other = dataclasses.replace(settings, epochs=5)
     with pytest.raises(ModelError, match="other settings"):
         run(target, root / "other", root / "work", settings=other)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Where distillations get processes of their own: forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["distill_worker"])
+    with pytest.MonkeyPatch.context() as patch:  # not every Python tells the server where to import from
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def start_process(processes, work, *arguments):
+    """A process in distill_worker, and the end of the pipe on which it reports."""
+    reports, sent = processes.Pipe(duplex=False)
+    process = processes.Process(target=work, args=(sent, torch.get_num_threads(), *arguments))
+    process.start()
+    sent.close()
+    return process, reports
+
+
+def received(reports):
+    with contextlib.suppress(EOFError):
+        while True:
+            yield reports.recv()
+
+
+def test_a_run_killed_at_any_moment_goes_on_and_ends_the_same(processes, settings, finished, tmp_path):
+    root, best, _ = finished
+    draw = random.Random(settings.kind)
+    # Of 39 reports a shard and 18 of training: in the first shard, in the second, and three times in training.
+    for stop_after in (draw.randint(1, 38), draw.randint(40, 60), draw.randint(40, 43), draw.randint(1, 4),
+                       draw.randint(1, 4)):
+        process, reports = start_process(processes, distill_worker.distill_tiny, tmp_path, settings)
+        for count, _ in enumerate(received(reports), start=1):
+            if count == stop_after:
+                break
+        time.sleep(0.03 * draw.random())
+        process.kill()
+        process.join()
+        assert process.exitcode < 0
+    process, reports = start_process(processes, distill_worker.distill_tiny, tmp_path, settings)
+    *_, resumed = received(reports)
+    process.join()
+    assert process.exitcode == 0 and resumed == best
+    assert stored_state(tmp_path)["step"] == settings.num_steps
+    assert_same_run(root, tmp_path)
+
+
+def test_two_processes_never_write_the_same_shard(processes, tmp_path):
+    settings = dataclasses.replace(SETTINGS, corpus=dataclasses.replace(SETTINGS.corpus, tokens=6 * ROWS * LENGTH))
+    started = [start_process(processes, distill_worker.write_tiny, tmp_path, settings) for _ in range(2)]
+    written = [list(received(reports)) for _, reports in started]
+    for process, _ in started:
+        process.join()
+        assert process.exitcode == 0
+    assert sorted(itertools.chain(*written)) == list(range(6)) and all(written)
+    corpus = json.loads((tmp_path / "work/corpus.json").read_text())
+    assert len(corpus["shards"]) == 6
+
+
+def test_a_shard_that_another_process_is_writing_is_waited_for(target, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "POLL_SECONDS", 0.01)
+    notes = []
+    with contextlib.ExitStack() as another:
+        layers = distill.head.feature_layers(target)
+        corpus = Corpus(tmp_path / "work", SETTINGS.corpus, distill.target_identity(target), layers)
+        assert another.enter_context(corpus.claim(0))
+        assert distill.write_only(target, tiny_tokenizer(), tmp_path / "work", SETTINGS) == 1
+
+        def on_progress(progress):
+            if progress.note:
+                notes.append(progress.note)
+                another.close()  # it dies
+        distill.distill(target, tiny_tokenizer(), tmp_path / "drafter", tmp_path / "work", SETTINGS,
+                        on_progress=on_progress)
+    assert notes == ["waiting for other processes to write 1 shards"]
+
+
+def test_a_run_by_time_takes_its_time_over_all_sittings(target, settings, tmp_path):
+    seconds = 2.5
+    settings = dataclasses.replace(settings, hours=seconds / 3600, checkpoint_seconds=100)
+    settings = dataclasses.replace(settings, corpus=dataclasses.replace(settings.corpus, tokens=10**6))
+    reports = []
+
+    def on_progress(progress):
+        reports.append(progress)
+        if sum(report.stage == "training" for report in reports) == 8:
+            raise Interrupted
+    with pytest.raises(Interrupted):
+        distill.distill(target, tiny_tokenizer(), tmp_path / "drafter", tmp_path / "work", settings,
+                        on_progress=on_progress)
+    first = stored_state(tmp_path)
+    best, calls = run(target, tmp_path / "drafter", tmp_path / "work", settings=settings)
+    assert {call.stage for call in calls} == {"training"}, "no time is left to write more text"
+    state, trained = stored_state(tmp_path), card(tmp_path)["trained"]
+    spent = trained["seconds"]["text"] + state["seconds"]
+    assert seconds - 0.1 <= spent < 2 * seconds
+    assert first["step"] == 8 and state["step"] > 8 and first["seconds"] < state["seconds"]
+    assert 1 <= trained["tokens_of_text"] // (ROWS * LENGTH) < settings.corpus.num_shards
+    assert calls[-1].done == calls[-1].total
+    assert history(tmp_path)[-1]["step"] == state["step"]
+    assert speckv.load_drafter(str(tmp_path / "drafter"), target) is not None
+    again, calls = run(target, tmp_path / "drafter", tmp_path / "work", settings=settings)
+    assert again == best and not calls
+
+
+def test_training_starts_from_a_drafter_and_ends_no_worse(target, settings, finished, tmp_path):
+    root, best, _ = finished
+    shutil.copytree(root / "work", tmp_path / "work")
+    settings = dataclasses.replace(settings, epochs=1)
+    with pytest.raises(ModelError, match=r"epochs was 3, is 1; start_from was , is .*--no-resume --start-from"):
+        run(target, tmp_path / "drafter", tmp_path / "work", settings=settings, start_from=root / "drafter")
+    further, calls = run(target, tmp_path / "drafter", tmp_path / "work", settings=settings,
+                         start_from=root / "drafter", resume=False)
+    assert {call.stage for call in calls} == {"training"}
+    assert history(tmp_path)[0]["step"] == 0
+    assert history(tmp_path)[0]["accepted_at_4"] == pytest.approx(best["accepted_at_4"], abs=0.05)  # stored in bf16
+    assert further["accepted_at_4"] >= history(tmp_path)[0]["accepted_at_4"]
+    assert card(tmp_path)["trained"]["settings"]["start_from"] == card(root)["sha256"]
+
+
+def test_a_drafter_that_cannot_be_trained_further_is_named(target, settings, finished, tmp_path):
+    root, _, _ = finished
+    other = {"lm": "head", "head": "lm"}[settings.kind]
+    places = {"folder": tmp_path / "drafter", "work": tmp_path / "work"}
+    with pytest.raises(InputError, match=f"say --kind {settings.kind}"):
+        run(target, **places, settings=dataclasses.replace(settings, kind=other), start_from=root / "drafter")
+    with pytest.raises(InputError, match="choose another output folder"):
+        run(target, root / "drafter", tmp_path / "work", settings=settings, start_from=root / "drafter")
+    if settings.kind == "lm":
+        with pytest.raises(InputError, match="say --layers 1"):
+            run(target, **places, settings=dataclasses.replace(settings, num_layers=2), start_from=root / "drafter")
+
+
+def test_the_figures_of_every_evaluation_lie_beside_the_drafter(settings, finished):
+    root, best, _ = finished
+    entries = history(root)
+    assert [entry["step"] for entry in entries] == [6, 12, 18]
+    assert [entry["tokens"] for entry in entries] == [step * 4 * LENGTH for step in (6, 12, 18)]
+    assert max(entry["accepted_at_4"] for entry in entries) == best["accepted_at_4"] == best["accepted_by_gamma"][3]
+    assert best["match"] == best["match_by_depth"][0]
+    assert best["accepted_by_gamma"] == sorted(best["accepted_by_gamma"])
+    assert entries[0]["loss"] > entries[-1]["loss"]
+
+
+def test_the_drafter_has_a_readme(settings, finished):
+    root, best, _ = finished
+    text = (root / "drafter/README.md").read_text()
+    assert text == model_card.render(card(root))
+    assert f"speckv distill --target tiny --output FOLDER --kind {settings.kind}" in text
+    assert f"{best['match']:.1%}" in text and "1,280 tokens" in text and "licence" in text
+
+
+def test_the_training_is_drawn(settings, finished, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    root, _, _ = finished
+    assert (root / "drafter/training.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(training_plot, "can_draw", lambda: False)
+    assert not training_plot.draw(history(root), tmp_path / "plot.png", "none")
+    assert not (tmp_path / "plot.png").exists()
+
+
+def test_a_disk_without_room_is_refused_before_any_work(target, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(distill.shutil, "disk_usage", lambda folder: usage._replace(free=distill.ROOM_FOR_TRAINING + 9))
+    with pytest.raises(InputError, match=r"has room for 0\.0: choose another work folder, or fewer tokens"):
+        run(target, tmp_path / "drafter", tmp_path / "work")
+    assert not list((tmp_path / "work").glob("*.safetensors"))
+
+
+def test_memory_is_kept_where_there_is_glibc(monkeypatch):
+    assert memory.keep_freed_memory() in (True, False)
+
+    def missing(name):
+        raise OSError(name)
+    monkeypatch.setattr(memory.ctypes, "CDLL", missing)
+    assert memory.keep_freed_memory() is False
 
 
 def test_the_drafter_loads_shares_the_targets_weights_and_is_lossless(target, finished):
