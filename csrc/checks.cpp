@@ -33,12 +33,16 @@ void check_int64(const char* op, const char* name, const Tensor& tensor) {
     }
 }
 
-void check_logits(const char* op, const char* name, const Tensor& logits) {
-    const int32_t dtype = dtype_of(logits);
+void check_floating(const char* op, const char* name, const Tensor& tensor) {
+    const int32_t dtype = dtype_of(tensor);
     if (dtype != aoti_torch_dtype_float32() && dtype != aoti_torch_dtype_float16() &&
         dtype != aoti_torch_dtype_bfloat16()) {
         refuse(op, name, " must be float32, float16 or bfloat16");
     }
+}
+
+void check_logits(const char* op, const char* name, const Tensor& logits) {
+    check_floating(op, name, logits);
     const int64_t last = logits.dim() - 1;
     if (logits.size(last) < 1) {
         refuse(op, name, " must have a vocabulary of at least 1");

@@ -29,7 +29,9 @@ constexpr int64_t kAnySize = -1;
 void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected);
 void check_float32(const char* op, const char* name, const Tensor& tensor);
 void check_int64(const char* op, const char* name, const Tensor& tensor);
-// A dtype that can be read, at least one token, unit stride along the vocabulary.
+// A dtype that load_block reads.
+void check_floating(const char* op, const char* name, const Tensor& tensor);
+// A dtype that load_block reads, at least one token, unit stride along the vocabulary.
 void check_logits(const char* op, const char* name, const Tensor& logits);
 
 // temperature [rows] finite and >= 0, uniform [rows, columns] in [0, 1).

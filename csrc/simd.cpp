@@ -4,15 +4,7 @@
 #include <cstring>
 #include <limits>
 
-// GCC builds each loop three times and the dynamic linker picks one for the machine; that takes glibc's ifunc.
-// Elsewhere there is one build, for the compiler's baseline, which on ARM includes NEON.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define SPECKV_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define SPECKV_CLONES
-#endif
-
-#define SPECKV_INLINE inline __attribute__((always_inline))
+#include "clones.h"
 
 namespace speckv {
 namespace {
@@ -39,6 +31,26 @@ SPECKV_INLINE float float_from_float16(uint16_t half) {
     const uint32_t bits = static_cast<uint32_t>(shifted) & 0x8fffffffu;
     const uint32_t exponent = (bits & 0x0f800000u) == 0x0f800000u ? 0x7f800000u : 0u;
     return from_bits(to_bits(from_bits(bits) * 0x1p112f) | exponent);
+}
+
+// Rounded to even. A NaN keeps none of its payload, which could vanish in the cut and leave an infinity.
+SPECKV_INLINE uint16_t bfloat16_from_float(float value) {
+    const uint32_t bits = to_bits(value);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// Rounded to even. The products turn what is too large into infinity, and the sum with a power of two that matches the
+// exponent lets the adder round at fp16's last bit, subnormals included (Marat Dukhan's FP16).
+SPECKV_INLINE uint16_t float16_from_float(float value) {
+    const uint32_t bits = to_bits(value);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    const uint32_t exponent = magnitude & 0x7f800000u;
+    const uint32_t matching = (exponent < 0x38800000u ? 0x38800000u : exponent) + 0x07800000u;
+    const float scaled = (from_bits(magnitude) * 0x1p112f) * 0x1p-110f;
+    const uint32_t sum = to_bits(from_bits(matching) + scaled);
+    const uint32_t half = ((sum >> 13) & 0x7c00u) + (sum & 0x0fffu);
+    return static_cast<uint16_t>(((bits >> 16) & 0x8000u) | (magnitude > 0x7f800000u ? 0x7e00u : half));
 }
 
 // exp(x) for -87 <= x <= 0; exp(0) is exactly 1. With fused multiply-add within 2 ulp above -40 and 4 below, without it
@@ -81,6 +93,20 @@ SPECKV_CLONES void load_float16(const uint16_t* src, int64_t size, float* dst) {
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) {
         dst[i] = float_from_float16(src[i]);
+    }
+}
+
+SPECKV_CLONES void store_bfloat16(const float* src, int64_t size, uint16_t* dst) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+        dst[i] = bfloat16_from_float(src[i]);
+    }
+}
+
+SPECKV_CLONES void store_float16(const float* src, int64_t size, uint16_t* dst) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+        dst[i] = float16_from_float(src[i]);
     }
 }
 

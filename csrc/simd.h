@@ -1,4 +1,5 @@
-// The loops over one block of a vocabulary row, the only code here that is written for vector units.
+// The loops over one block of a vocabulary row. They, and the one in linear_int8.cpp, are the only code here that is
+// written for vector units.
 //
 // Every loop reads fp32 that a load has brought into L1, so that its order of summation does not depend on the dtype of
 // the logits: equal logits give equal sums, and a residual p - q of equal distributions is exactly zero.
@@ -20,6 +21,9 @@ struct alignas(64) BlockBuffer {
 // dst[i] = float(src[i]). Loops of their own: GCC gives a reduction next to 16-bit loads half vectors.
 void load_bfloat16(const uint16_t* src, int64_t size, float* dst);
 void load_float16(const uint16_t* src, int64_t size, float* dst);
+// The way back, rounded to nearest even.
+void store_bfloat16(const float* src, int64_t size, uint16_t* dst);
+void store_float16(const float* src, int64_t size, uint16_t* dst);
 
 // NaN is passed over; -inf where there is nothing else.
 float largest(const float* values, int64_t size);

@@ -30,11 +30,19 @@ def _device(op, first, *others):
         torch._check(tensor.device == first.device, lambda: f"{op}: all inputs must be on one device")
 
 
-def _logits(op, name, logits):
-    torch._check(logits.dtype in LOGIT_DTYPES, lambda: f"{op}: {name} must be float32, float16 or bfloat16")
-    torch._check(logits.shape[-1] >= 1, lambda: f"{op}: {name} must have a vocabulary of at least 1")
-    torch._check(logits.stride(-1) == 1 or logits.shape[-1] == 1,
+def _floating(op, name, tensor):
+    torch._check(tensor.dtype in LOGIT_DTYPES, lambda: f"{op}: {name} must be float32, float16 or bfloat16")
+
+
+def _unit_stride(op, name, tensor):
+    torch._check(tensor.stride(-1) == 1 or tensor.shape[-1] == 1,
                  lambda: f"{op}: {name} must be contiguous in its last dimension")
+
+
+def _logits(op, name, logits):
+    _floating(op, name, logits)
+    torch._check(logits.shape[-1] >= 1, lambda: f"{op}: {name} must have a vocabulary of at least 1")
+    _unit_stride(op, name, logits)
 
 
 def draft_sample(logits, temperature, uniform, op="draft_sample"):
@@ -91,6 +99,21 @@ def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperatu
     _shape(op, "uniform", uniform, batch, width)
     _dtype(op, "uniform", uniform, torch.float32, "float32")
     _device(op, target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform)
+
+
+def linear_int8(x, weight, scale):
+    op = "linear_int8"
+    _shape(op, "x", x, None, None)
+    _floating(op, "x", x)
+    torch._check(x.shape[1] >= 1, lambda: f"{op}: x must have at least one column")
+    _unit_stride(op, "x", x)
+    _shape(op, "weight", weight, None, x.shape[1])
+    _dtype(op, "weight", weight, torch.int8, "int8")
+    torch._check(weight.shape[0] >= 1, lambda: f"{op}: weight must have at least one row")
+    _unit_stride(op, "weight", weight)
+    _shape(op, "scale", scale, weight.shape[0])
+    _dtype(op, "scale", scale, torch.float32, "float32")
+    _device(op, x, weight, scale)
 
 
 def _first(bad):

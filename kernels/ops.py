@@ -24,12 +24,14 @@ SCHEMAS = {
                   " -> (Tensor token, Tensor prob, Tensor entropy, Tensor confidence, Tensor signals, Tensor gamma)",
     "verify_chain": "(Tensor target_logits, Tensor draft_logits, Tensor draft_tokens, Tensor num_draft,"
                     " Tensor temperature, Tensor uniform) -> (Tensor tokens, Tensor accepted)",
+    "linear_int8": "(Tensor x, Tensor weight, Tensor scale) -> Tensor",
 }
+TRITON_OPS = ("draft_sample", "plan_gamma", "draft_step", "verify_chain")  # the others run in the reference on a GPU
 BACKENDS = ("reference", "triton", "cpu")
 BUILD_ADVICE = "build it with 'pip install --no-build-isolation -e .' in the source tree (needs a C++17 compiler)"
 
 _library = torch.library.Library("speckv", "DEF")
-_serving = {}  # device -> (backend, why), the same for all ops
+_serving = {}  # device -> (backend, why), the same for all ops that the backend has
 
 
 def _token_shapes(logits):
@@ -58,11 +60,17 @@ def _verify_chain_shapes(target_logits, draft_logits, draft_tokens, num_draft, t
     return draft_tokens.new_empty(batch, width), draft_tokens.new_empty(batch)
 
 
+def _linear_int8_shapes(x, weight, scale):
+    checks.linear_int8(x, weight, scale)
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
 _SHAPES = {
     "draft_sample": _draft_sample_shapes,
     "plan_gamma": _plan_gamma_shapes,
     "draft_step": _draft_step_shapes,
     "verify_chain": _verify_chain_shapes,
+    "linear_int8": _linear_int8_shapes,
 }
 
 
@@ -75,7 +83,7 @@ def _triton_op(name):
 
 
 def _serve_triton(key):
-    for name in SCHEMAS:
+    for name in TRITON_OPS:
         _library.impl(name, _triton_op(name), key)
 
 
@@ -150,7 +158,10 @@ def _register():
 
 
 def serving():
-    """Which backend serves each device and why: {"cpu": (backend, reason), "cuda": (backend, reason)}."""
+    """Which backend serves each device and why: {"cpu": (backend, reason), "cuda": (backend, reason)}.
+
+    Triton serves TRITON_OPS, the reference the other ops.
+    """
     return dict(_serving)
 
 
@@ -175,5 +186,9 @@ def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperatu
         target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform)
 
 
-for _op in (draft_sample, plan_gamma, draft_step, verify_chain):
+def linear_int8(x, weight, scale):
+    return torch.ops.speckv.linear_int8(x, weight, scale)
+
+
+for _op in (draft_sample, plan_gamma, draft_step, verify_chain, linear_int8):
     _op.__doc__ = getattr(reference, _op.__name__).__doc__

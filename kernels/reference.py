@@ -1,9 +1,9 @@
-"""The four ops in plain PyTorch: the specification that every other backend must match.
+"""The ops in plain PyTorch: the specification that every other backend must match.
 
 Read top to bottom this is the whole method. While drafting, ``draft_sample`` draws a token and says how sure the
 drafter was; ``plan_gamma`` turns those signals into a speculation length; ``draft_step`` is both at once; then
 ``verify_chain`` decides which draft tokens the target keeps, so that what comes out is distributed exactly as the
-target alone would have written it.
+target alone would have written it. ``linear_int8`` makes a drafter's matrix products cheap.
 
 Conventions shared by all backends: logits are fp32, fp16 or bf16 and all arithmetic is fp32 (cumulative sums fp64);
 the last dimension is unit-stride; a logit of -inf is a masked token with probability exactly 0, never emitted;
@@ -176,3 +176,14 @@ def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperatu
     tokens = padded.where(position < accepted.unsqueeze(1), -1)
     tokens[rows, accepted] = next_token
     return tokens, accepted
+
+
+def linear_int8(x, weight, scale):
+    """A linear map whose weights are held in int8 with one scale a row: (x @ weight^T) * scale, summed in fp32.
+
+    x [M, K] fp32, fp16 or bf16; weight [N, K] i8; scale [N] f32; rows of x and weight may lie any distance apart.
+    Returns [M, N] of x's dtype. The C++ kernel is made for few rows, where the time goes into reading the weights.
+    There is no Triton kernel: a GPU reads the 16-bit weights fast enough, and runs this reference.
+    """
+    checks.linear_int8(x, weight, scale)
+    return ((x.float() @ weight.float().T) * scale).to(x.dtype)

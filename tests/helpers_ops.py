@@ -64,7 +64,7 @@ def poisoned(tensor):
 
     Two dimensions and more keep a unit stride in the last one, as logits must; one dimension gets a stride of 2.
     """
-    poison = float("nan") if tensor.is_floating_point() else INT_SENTINEL
+    poison = float("nan") if tensor.is_floating_point() else min(INT_SENTINEL, torch.iinfo(tensor.dtype).max)
     if tensor.dim() == 1:
         buffer = torch.full((tensor.shape[0] + 1, 2), poison, dtype=tensor.dtype)
         view = buffer[1:, 1]
@@ -124,18 +124,31 @@ def random_chain(shape, dtype=torch.float32, rows="mixed", seed=0):
     }
 
 
+def random_linear(inputs, columns, rows, dtype=torch.float32, seed=0):
+    """Arguments of linear_int8: x [inputs, columns] and a matrix of int8 [rows, columns], the extremes included."""
+    source = generator(seed)
+    x = torch.randn(inputs, columns, generator=source).to(dtype)
+    weight = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=source)
+    scale = (torch.rand(rows, generator=source) + 0.5) / 128
+    return {"x": x, "weight": weight, "scale": scale}
+
+
 def arguments(op, **values):
     """The arguments of an op in the order of its schema."""
     return [values[name] for name in inspect.signature(getattr(reference, op)).parameters]
 
 
 def call(op, values):
-    """The op of whichever backend serves, called with arguments by name."""
-    return getattr(kernels, op)(*arguments(op, **values))
+    """The outputs of the op of whichever backend serves, called with arguments by name."""
+    return _as_tuple(getattr(kernels, op)(*arguments(op, **values)))
 
 
 def call_reference(op, values):
-    return getattr(reference, op)(*arguments(op, **values))
+    return _as_tuple(getattr(reference, op)(*arguments(op, **values)))
+
+
+def _as_tuple(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def same_bits(one, other):

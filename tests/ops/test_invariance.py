@@ -8,6 +8,7 @@ from helpers_ops import (
     poisoned,
     random_chain,
     random_controller,
+    random_linear,
     random_logits,
     random_signals,
     random_uniform,
@@ -16,14 +17,16 @@ from helpers_ops import (
 )
 
 ROWS = 7
-OPS = ["draft_sample", "plan_gamma", "draft_step", "verify_chain"]
+OPS = ["draft_sample", "plan_gamma", "draft_step", "verify_chain", "linear_int8"]
 each_op = pytest.mark.parametrize("op", OPS)
-SHARED = {"w1", "b1", "w2", "b2", "gammas", "seconds"}  # of no row in particular
+SHARED = {"w1", "b1", "w2", "b2", "gammas", "seconds", "weight", "scale"}  # of no row in particular
 
 
 def values_of(op, seed=0, rows=ROWS, vocabulary=1023):
     if op == "verify_chain":
         return random_chain((rows, 3, vocabulary), seed=seed)
+    if op == "linear_int8":
+        return {**random_linear(rows, 300, vocabulary), "x": random_linear(rows, 300, 1, seed=seed)["x"]}
     w1, b1, w2, b2 = random_controller(5, seed=0)
     draft = {"logits": random_logits(rows, vocabulary, seed=seed), "temperature": temperatures("mixed", rows),
              "uniform": random_uniform(rows, seed=seed)}

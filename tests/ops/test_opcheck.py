@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from helpers_ops import arguments, random_chain, random_controller, random_logits, random_signals, random_uniform
+from helpers_ops import (
+    arguments,
+    random_chain,
+    random_controller,
+    random_linear,
+    random_logits,
+    random_signals,
+    random_uniform,
+)
 
 W1, B1, W2, B2 = random_controller(5)
 DRAFT = {"logits": random_logits(3, 100), "temperature": torch.tensor([0.0, 0.8, 1.0]), "uniform": random_uniform(3)}
@@ -13,6 +21,7 @@ SAMPLES = {
     "plan_gamma": PLAN,
     "draft_step": {**DRAFT, **PLAN, "drafted": torch.tensor([0, 1, 2])},
     "verify_chain": random_chain((3, 2, 100)),
+    "linear_int8": random_linear(3, 100, 7),
 }
 
 

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from helpers_ops import call, call_reference, random_chain, random_controller, random_logits, random_signals
+from helpers_ops import (
+    call,
+    call_reference,
+    random_chain,
+    random_controller,
+    random_linear,
+    random_logits,
+    random_signals,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 W1, B1, W2, B2 = random_controller(5, hidden=16)
@@ -14,6 +22,7 @@ GOOD = {
     "plan_gamma": PLAN,
     "draft_step": {**DRAFT, **PLAN, "drafted": torch.zeros(3, dtype=torch.int64)},
     "verify_chain": random_chain((3, 2, 100), rows="sampled"),
+    "linear_int8": random_linear(3, 100, 7),
 }
 
 FLOAT64 = torch.float64
@@ -81,11 +90,28 @@ CHAIN_REFUSED = [
     ("uniform", torch.zeros(3, 2), "uniform must have size 3 in dimension 1, got 2"),
     ("uniform", torch.zeros(3, 3, dtype=FLOAT64), "uniform must be float32"),
 ]
+LINEAR_REFUSED = [
+    ("x", torch.zeros(100), "x must have 2 dimensions, got 1"),
+    ("x", torch.zeros(3, 100, dtype=FLOAT64), "x must be float32, float16 or bfloat16"),
+    ("x", torch.zeros(3, 100, dtype=torch.int8), "x must be float32, float16 or bfloat16"),
+    ("x", torch.zeros(3, 0), "x must have at least one column"),
+    ("x", torch.zeros(100, 3).t(), "x must be contiguous in its last dimension"),
+    ("x", torch.zeros(3, 99), "weight must have size 99 in dimension 1, got 100"),
+    ("weight", torch.zeros(100, dtype=torch.int8), "weight must have 2 dimensions, got 1"),
+    ("weight", torch.zeros(7, 100), "weight must be int8"),
+    ("weight", torch.zeros(7, 100, dtype=torch.uint8), "weight must be int8"),
+    ("weight", torch.zeros(0, 100, dtype=torch.int8), "weight must have at least one row"),
+    ("weight", torch.zeros(100, 7, dtype=torch.int8).t(), "weight must be contiguous in its last dimension"),
+    ("scale", torch.ones(6), "scale must have size 7 in dimension 0, got 6"),
+    ("scale", torch.ones(7, 1), "scale must have 1 dimensions, got 2"),
+    ("scale", torch.ones(7, dtype=torch.bfloat16), "scale must be float32"),
+]
 REFUSED = [
     *(("draft_sample", *case) for case in LOGITS_REFUSED),
     *(("plan_gamma", *case) for case in PLAN_REFUSED),
     *(("draft_step", *case) for case in LOGITS_REFUSED + PLAN_REFUSED + STEP_REFUSED),
     *(("verify_chain", *case) for case in CHAIN_REFUSED),
+    *(("linear_int8", *case) for case in LINEAR_REFUSED),
 ]
 
 

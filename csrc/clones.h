@@ -1,0 +1,13 @@
+// How loops for vector units are built.
+
+#pragma once
+
+// GCC builds each loop three times and the dynamic linker picks one for the machine; that takes glibc's ifunc.
+// Elsewhere there is one build, for the compiler's baseline, which on ARM includes NEON.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define SPECKV_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SPECKV_CLONES
+#endif
+
+#define SPECKV_INLINE inline __attribute__((always_inline))
