@@ -10,12 +10,13 @@ Sources: Li et al., EAGLE, arXiv 2401.15077; features of several layers: EAGLE-3
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from speckv import drafter_folder, pruned
 from speckv.cache import check_rollback, context_limit, rope_switch, vocabulary_size
 from speckv.errors import ModelError
+from speckv.int8 import Int8Linear, linear, replace_linears
 
 KIND = "head"
 COMBINE, FUSE, CENTER, SCALE = "combine.weight", "fuse.weight", "features.center", "features.scale"
@@ -51,6 +52,21 @@ class FeatureHead(nn.Module):
         self._bias = head.bias.detach()[self.token_ids] if getattr(head, "bias", None) is not None else None
         self._cap = getattr(target.config.get_text_config(), "final_logit_softcapping", None)
 
+    def hold_in_int8(self) -> None:
+        """Round the head's own matrices to int8, which draft as well as before for half of the reading.
+
+        For drafting alone: such a head can be neither trained nor stored. What is the target's stays as it is.
+        """
+        replace_linears(pruned.decoder_layers(self.layer)[1])
+        halves, fuse = [Int8Linear(half) for half in self._combine_halves()], Int8Linear(self.fuse)
+        del self.combine, self.fuse  # a module cannot take the place of a parameter
+        self.combine, self.fuse = nn.ModuleList(halves), fuse
+        self._rows = Int8Linear(self._rows, self._bias)
+
+    def _combine_halves(self):
+        """What takes the last position's output, and what takes the embedding: two matrices [H, H]."""
+        return self.combine if isinstance(self.combine, nn.ModuleList) else self.combine.chunk(2, dim=1)
+
     def observed(self, states):
         """What positions that the target has read [B, n, layers·H] bring to the ones after them: [B, n, H]."""
         features = ((states.to(self.center.dtype) - self.center) * self.scale).clamp(-FARTHEST, FARTHEST)
@@ -58,12 +74,12 @@ class FeatureHead(nn.Module):
 
     def continued(self, hidden):
         """The same of positions that only the head has read, from its own last hidden states [B, n, H]."""
-        return linear(hidden, self.combine[:, :hidden.shape[-1]])
+        return linear(hidden, self._combine_halves()[0])
 
     def hidden(self, before, ids, **settings):
         """The head's last hidden states [B, n, H], from what the positions before bring [B, n, H], and ids [B, n]."""
         embeddings = self.layer.get_input_embeddings()(ids)
-        joined = before + linear(embeddings, self.combine[:, embeddings.shape[-1]:])
+        joined = before + linear(embeddings, self._combine_halves()[1])
         return self.layer.base_model(inputs_embeds=joined, **settings).last_hidden_state
 
     def logits(self, hidden):
@@ -72,7 +88,9 @@ class FeatureHead(nn.Module):
         return torch.tanh(logits / self._cap) * self._cap if self._cap else logits
 
     def own_tensors(self) -> dict:
-        """What is stored."""
+        """What is stored; raises ModelError for a head held in int8, which has lost it."""
+        if isinstance(self.fuse, Int8Linear):
+            raise ModelError("a head held in int8 cannot be stored: store the one it was made of")
         return pruned.own_state(self.layer) | {
             COMBINE: self.combine.detach(), FUSE: self.fuse.detach(), CENTER: self.center, SCALE: self.scale,
             LAYERS: torch.tensor(self.wants_hidden, dtype=torch.int32), TOKEN_IDS: self.token_ids.int()}
@@ -92,7 +110,8 @@ class _HeadSession:
         self._exact = 0   # of these, how many were fed nothing but the target's own features
         self._observed = 0
         # [1, positions, H], what each brings to the next: from the target where observed, then from the head.
-        self._brought = head.combine.new_zeros(1, 256, head.combine.shape[0])
+        embedding = head.layer.get_input_embeddings().weight
+        self._brought = embedding.new_zeros(1, 256, embedding.shape[1])
 
     def observe(self, hidden, start: int) -> None:
         """The target's hidden states [1, n, layers·H] of the positions from `start` on."""

@@ -5,8 +5,10 @@ import torch
 from tiny_models import VOCABULARY, prompt_ids, tiny_model
 
 import speckv
-from speckv import ModelError, drafter_folder, head
+from speckv import ModelError, drafter_folder, head, pruned
 from speckv.cache import hidden_states
+from speckv.int8 import MANY_ROWS, Int8Linear
+from speckv.kernels import serving
 from speckv.students import MATCH_GAMMA, HeadStudent
 
 ARCHITECTURES = ["llama", "qwen2", "gemma", "gpt2", "mistral-sliding"]
@@ -124,3 +126,92 @@ def test_a_head_that_does_not_fit_is_refused(tmp_path, change, words):
     drafter_folder.write(tmp_path, head.KIND, tensors, {})
     with pytest.raises(ModelError, match=words):
         speckv.load_drafter(str(tmp_path), target)
+
+
+def int8_head(target, **settings):
+    drafter = tiny_head(target, **settings)
+    drafter.hold_in_int8()
+    return drafter
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("rows", [1, 3, MANY_ROWS - 1, MANY_ROWS], ids=["one", "few", "most of the op", "many"])
+def test_a_linear_map_in_int8_is_off_by_half_a_step_a_weight(dtype, rows):
+    torch.manual_seed(0)
+    dense = torch.nn.Linear(70, 50).to(dtype)
+    dense.weight.data[7] = 0
+    held = Int8Linear(dense.weight, dense.bias)
+    assert held.weight.dtype == torch.int8 and held.dtype == dtype
+    x = torch.randn(1, rows, 70).to(dtype)
+    off = (held(x).float() - dense(x).float()).abs()
+    assert held(x).dtype == dtype
+    step = held.scale / 2 * x.float().abs().sum(-1, keepdim=True)
+    rounding = {torch.float32: 1e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}[dtype]
+    assert (off <= step + rounding * (1 + dense(x).float().abs())).all()
+    torch.testing.assert_close(held(x)[..., 7], dense.bias[7].expand(1, rows))
+    assert held(x[:, :0]).shape == (1, 0, 50)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_head_in_int8_drafts_nearly_what_it_drafted_before(architecture):
+    target = tiny_model(architecture)
+    ids, sessions = prompt_ids(20), [tiny_head(target).open(), int8_head(target).open()]
+    for session in sessions:
+        session.observe(features_of(target, ids)[:, :12], 0)
+    for length in (12, 13, 14, 20):
+        plain, held = (session.next_logits(ids[:, :length]).softmax(-1) for session in sessions)
+        assert (plain - held).abs().sum() < 0.1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("policy", ["fixed:1", "fixed:4"])
+def test_greedy_output_with_a_head_in_int8_is_that_of_plain_decoding(architecture, policy):
+    target = tiny_model(architecture)
+    ids = prompt_ids(12)
+    output = speckv.generate(target, int8_head(target), ids, max_new_tokens=30, policy=policy)
+    assert torch.equal(output.sequences, target.generate(ids, do_sample=False, max_new_tokens=30, pad_token_id=0))
+
+
+def own_bytes(drafter, target):
+    """Bytes of the head's own matrices, its rows of the output head included."""
+    shared = {tensor.data_ptr() for tensor in (*target.parameters(), *target.buffers())}
+    tensors = [*drafter.parameters(), *drafter.buffers()]
+    if isinstance(drafter._rows, torch.Tensor):
+        tensors.append(drafter._rows)
+    return sum(tensor.nbytes for tensor in tensors if tensor.dim() == 2 and tensor.data_ptr() not in shared)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma"])
+def test_holding_a_head_in_int8_halves_its_memory_and_leaves_the_target_alone(architecture):
+    target = tiny_model(architecture).bfloat16()
+    before = {name: (tensor, tensor.clone()) for name, tensor in target.state_dict(keep_vars=True).items()}
+    modules = dict(target.named_modules())
+    drafter = tiny_head(target)
+    plain = own_bytes(drafter, target)
+    drafter.hold_in_int8()
+    assert own_bytes(drafter, target) == plain // 2
+    assert not any(type(module) is torch.nn.Linear for module in pruned.decoder_layers(drafter.layer)[1].modules())
+    assert dict(target.named_modules()) == modules
+    after = target.state_dict(keep_vars=True)
+    assert after.keys() == before.keys()
+    for name, (tensor, values) in before.items():
+        assert after[name] is tensor and torch.equal(tensor, values)
+    assert drafter.layer.get_input_embeddings() is target.get_input_embeddings()
+    assert drafter.layer.get_output_embeddings() is target.get_output_embeddings()
+
+
+def test_a_head_in_int8_cannot_be_stored(tmp_path):
+    with pytest.raises(ModelError, match="cannot be stored"):
+        head.save(tmp_path, int8_head(tiny_model()), {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+def test_a_head_is_loaded_in_int8_beside_a_16_bit_target_on_the_cpu(tmp_path, dtype):
+    target = tiny_model().to(dtype)
+    head.save(tmp_path, tiny_head(target), {})
+    drafter = speckv.load_drafter(str(tmp_path), target)
+    held = any(isinstance(module, Int8Linear) for module in drafter.modules())
+    assert held == (dtype != torch.float32 and serving()["cpu"][0] == "cpu")
+    output = speckv.generate(target, drafter, prompt_ids(), max_new_tokens=20, policy="fixed:3")
+    assert output.sequences.shape == (1, 26)

@@ -67,6 +67,14 @@ def test_a_head_that_can_draft_only_some_tokens_leaves_the_distribution_as_it_is
     assert p_value(target, head.build(target, tensors), "fixed:2") > 1e-3
 
 
+def test_a_head_in_int8_leaves_the_distribution_as_it_is():
+    target = tiny_model(seed=2, vocab_size=VOCABULARY, num_hidden_layers=2)
+    torch.manual_seed(0)
+    drafter = head.build(target, random_tensors(target, torch.tensor([0, 1, 3])))
+    drafter.hold_in_int8()
+    assert p_value(target, drafter, "fixed:2") > 1e-3
+
+
 def test_lookup_leaves_the_distribution_as_it_is(pair):
     assert p_value(pair[0], LookupDrafter(VOCABULARY, shortest=1), "fixed:2", REPETITIVE_PROMPT) > 1e-3
 
