@@ -120,7 +120,8 @@ def distill(
                                  "epochs.")] = None,
     hours: Annotated[float | None, typer.Option(
         help="Finish in about so many hours, all sittings together, whatever this machine can do in them: 40 % of the "
-             "time writes text, the rest trains on it. In place of --epochs.")] = None,
+             "time writes text, at least one shard of it (65,536 tokens), the rest trains. In place of --epochs.")
+    ] = None,
     start_from: Annotated[str | None, typer.Option(
         help=f"Train this drafter further, of the same kind: a folder made by 'speckv distill', or '{EMBEDDED}' for "
              "the shipped one. The outcome is never worse than it on held-out text.")] = None,
@@ -179,7 +180,7 @@ def distill(
         print(f"stopped; what is done lies in {work}, and the same command goes on from there", file=sys.stderr)
         raise typer.Exit(130) from None
     if write_only:
-        print(f"{work}: " + (f"{missing} shards of text are left, or being written by other processes" if missing
+        print(f"{work}: " + (f"shards of text left, or being written by other processes: {missing}" if missing
                              else "all text is written"))
         return
     Console(highlight=False).print(held_out_table(best))

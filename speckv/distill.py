@@ -41,6 +41,7 @@ HISTORY_FILE = "history.json"
 TEXT_SHARE = 0.4  # of the hours of a run by time
 LEAST_TRAINING_SHARE = 0.1  # where one shard takes longer than that
 ROOM_FOR_TRAINING = 512 << 20  # bytes of disk left free for checkpoints and drafters
+PROJECTION_SHARE = 0.1  # of a shard, after which it is clear whether there is time for all of it
 POLL_SECONDS = 1.0
 CLOCK_SECONDS = 30.0  # how often the time spent on text is stored
 
@@ -285,7 +286,7 @@ def _by_time(on_progress, share):
 
 
 def _text_limit(target, corpus, settings, seconds):
-    """A function that says, given how long a shard takes, whether another is one too many."""
+    """A function that says whether a shard that would take so many seconds more is one too many."""
     if settings.hours is None:
         return None
     return lambda shard_seconds: (
@@ -297,7 +298,8 @@ def write_text(target, tokenizer, corpus: Corpus, on_progress, is_over=None, wai
     """Make the shards that are missing; returns those that are missing still.
 
     Each is claimed first, so that no two processes write the same. With wait, those that others are writing are waited
-    for. is_over is asked, once there is a shard, whether to stop before another.
+    for. Once there is a shard, is_over is asked before another, and again when a part of it is written and shows how
+    long it takes, whether to leave it.
     """
     settings = corpus.settings
     shard_tokens = settings.rows * settings.length
@@ -310,33 +312,48 @@ def write_text(target, tokenizer, corpus: Corpus, on_progress, is_over=None, wai
     while missing:
         has_progressed = False
         for index in list(missing):
-            if is_over is not None and len(missing) < settings.num_shards and is_over(shard_seconds):
+            may_stop = is_over is not None and len(missing) < settings.num_shards
+            if may_stop and is_over(shard_seconds):
                 return missing
             with corpus.claim(index) as is_ours:
                 if not is_ours:
                     continue
                 if not corpus.has(index):
-                    shard_seconds = _write(target, tokenizer, corpus, index, report)
+                    shard_seconds = _write(target, tokenizer, corpus, index, report, is_over if may_stop else None)
+                    if shard_seconds is None:
+                        return missing
             missing.remove(index)
             has_progressed = True
         if not has_progressed:
             if not wait:
                 return missing
-            report(0, f"waiting for other processes to write {len(missing)} shards")
+            report(0, f"waiting for shards of other processes: {len(missing)}")
             time.sleep(POLL_SECONDS)
     return missing
 
 
-def _write(target, tokenizer, corpus, index, report):
-    """Make one shard; returns the seconds it took."""
-    begun, tokens = time.monotonic(), 0
+class _NoTimeLeft(Exception):
+    """There is none to write the rest of a shard."""
+
+
+def _write(target, tokenizer, corpus, index, report, is_over):
+    """Make one shard; returns the seconds it took, or None where is_over said that it would take too many."""
+    begun, tokens, is_checked = time.monotonic(), 0, is_over is None
+    shard_tokens = corpus.settings.rows * corpus.settings.length
 
     def on_step(count):
-        nonlocal tokens
+        nonlocal tokens, is_checked
         tokens += count
         report(tokens)
+        if not is_checked and tokens >= PROJECTION_SHARE * shard_tokens:
+            is_checked = True
+            if is_over((time.monotonic() - begun) * (shard_tokens / tokens - 1)):
+                raise _NoTimeLeft
     _check_room(corpus, _shard_bytes(target, corpus))
-    corpus.add(index, write_shard(target, tokenizer, corpus.settings, index, corpus.layers, on_step))
+    try:
+        corpus.add(index, write_shard(target, tokenizer, corpus.settings, index, corpus.layers, on_step))
+    except _NoTimeLeft:
+        return None
     return time.monotonic() - begun
 
 

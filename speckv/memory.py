@@ -11,9 +11,9 @@ def keep_freed_memory() -> bool:
     """Have glibc keep what is freed for the next allocation; returns whether it does.
 
     By default it maps every large tensor anew and gives it back when it is freed, and the kernel clears each page at
-    its first use: a training step on the CPU took 1.7 times as long. Tensors over 32 MB are mapped all the same. The
-    process holds on to its peak until it ends, so this is for commands, not for a library. Where there is no glibc
-    nothing is changed.
+    its first use: 20,000 to 32,000 pages in a training step of SmolLM2's head, 0 to 3,000 with this. Tensors over 32 MB
+    are mapped all the same. The process holds on to its peak until it ends, so this is for commands, not for a library.
+    Where there is no glibc nothing is changed.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

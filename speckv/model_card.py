@@ -36,7 +36,7 @@ def render(card: dict) -> str:
                      + (f", from the drafter with sha256 `{settings['start_from'][:12]}`"
                         if settings["start_from"] else "")),
         ("wall time", f"{seconds['text'] / 3600:.2f} h for the text, {seconds['training'] / 3600:.2f} h of training"),
-        ("machine", f"{trained['threads']} threads, {trained['device']}, target held in {trained['dtype']}"),
+        ("machine", f"{trained['device']}, threads: {trained['threads']}, target held in {trained['dtype']}"),
     ]
     return "\n".join([
         f"# A drafter for {name}", "",

@@ -316,7 +316,7 @@ def test_a_shard_that_another_process_is_writing_is_waited_for(target, tmp_path,
                 another.close()  # it dies
         distill.distill(target, tiny_tokenizer(), tmp_path / "drafter", tmp_path / "work", SETTINGS,
                         on_progress=on_progress)
-    assert notes == ["waiting for other processes to write 1 shards"]
+    assert notes == ["waiting for shards of other processes: 1"]
 
 
 def test_a_run_by_time_takes_its_time_over_all_sittings(target, settings, tmp_path):
@@ -345,6 +345,24 @@ def test_a_run_by_time_takes_its_time_over_all_sittings(target, settings, tmp_pa
     assert speckv.load_drafter(str(tmp_path / "drafter"), target) is not None
     again, calls = run(target, tmp_path / "drafter", tmp_path / "work", settings=settings)
     assert again == best and not calls
+
+
+def test_a_shard_that_would_take_too_long_is_left(target, finished, tmp_path, monkeypatch):
+    root, _, _ = finished
+    shutil.copytree(root / "work", tmp_path / "work")
+
+    def slow(*arguments):
+        def on_step(count):
+            time.sleep(0.02)
+            arguments[-1](count)
+        return write_shard(*arguments[:-1], on_step)
+    monkeypatch.setattr(distill, "write_shard", slow)
+    settings = dataclasses.replace(SETTINGS, hours=1 / 3600)
+    settings = dataclasses.replace(settings, corpus=dataclasses.replace(settings.corpus, tokens=10**6))
+    run(target, tmp_path / "drafter", tmp_path / "work", settings=settings, resume=False)
+    trained = card(tmp_path)["trained"]
+    assert trained["tokens_of_text"] == 2 * ROWS * LENGTH, "there was time for a part of a third shard only"
+    assert trained["seconds"]["text"] < distill.TEXT_SHARE
 
 
 def test_training_starts_from_a_drafter_and_ends_no_worse(target, settings, finished, tmp_path):
