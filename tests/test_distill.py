@@ -135,7 +135,7 @@ def assert_same_run(root, other):
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     cards = [card(place) for place in (root, other)]
     for trained in (found["trained"] for found in cards):
-        assert min(trained.pop("seconds").values()) > 0
+        assert trained.pop("seconds").keys() == {"text", "training"}
     assert cards[0] == cards[1], "the best drafter is the same, weights included"
     histories = [history(place) for place in (root, other)]
     for entry in itertools.chain(*histories):
