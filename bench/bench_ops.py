@@ -109,3 +109,21 @@ def test_draft_step(benchmark, monkeypatch, vocabulary, name):
     expected = reference.draft_step(*args)
     function = implementation(name, "draft_step", monkeypatch)
     measure(benchmark, f"draft_step T=0.8 V={vocabulary}", name, function, args, expected, 2 * vocabulary)
+
+
+@pytest.mark.parametrize("columns, rows", [(576, 16384), (1536, 576)])
+@pytest.mark.parametrize("name", ["speckv", "reference", "bf16"])
+def test_linear_int8(benchmark, columns, rows, name):
+    """Against PyTorch's own product with bf16 weights. The weights stay in the cache: in a draft they seldom do."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, generator=generator)
+    x, scale = torch.randn(1, columns, generator=generator).bfloat16(), torch.full((rows,), 2.0**-7)
+    expected = reference.linear_int8(x, weight, scale)
+    dense = weight.bfloat16() * 2.0**-7
+    function, args = {"speckv": (kernels.linear_int8, (x, weight, scale)),
+                      "reference": (reference.linear_int8, (x, weight, scale)),
+                      "bf16": (torch.nn.functional.linear, (x, dense))}[name]
+    torch.testing.assert_close(function(*args), expected, rtol=2**-7, atol=1e-3)
+    benchmark.group = f"linear_int8 K={columns} N={rows}"
+    benchmark.extra_info.update(implementation=name, rows=1, bytes=args[1].nbytes, threads=1)
+    benchmark(function, *args)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "ops.json"
-BASELINES = ("reference", "torch.compile")
+BASELINES = ("reference", "torch.compile", "bf16")  # the last only where there is a product with bf16 weights
 
 
 def run(arguments):

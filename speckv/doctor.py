@@ -10,7 +10,7 @@ from rich.table import Table
 
 from speckv import kernels, models
 from speckv.files import cache_folder
-from speckv.kernels.ops import SCHEMAS
+from speckv.kernels.ops import SCHEMAS, TRITON_OPS
 
 PACKAGES = ("speckv", "torch", "transformers", "safetensors", "triton", "bitsandbytes", "accelerate", "gguf",
             models.EMBEDDED_PACKAGE)
@@ -59,7 +59,12 @@ def _devices():
 
 def _backends():
     table = _table("backends", "op", "CPU tensors", "GPU tensors")
-    serving = {device: f"{backend}: {why}" for device, (backend, why) in kernels.serving().items()}
     for op in SCHEMAS:
-        table.add_row(op, serving["cpu"], serving["cuda"])
+        table.add_row(op, *(_backend(op, *kernels.serving()[device]) for device in ("cpu", "cuda")))
     return table
+
+
+def _backend(op, backend, why):
+    if backend == "triton" and op not in TRITON_OPS:
+        return "reference: this op has no Triton kernel"
+    return f"{backend}: {why}"
