@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers_ops import (
+    BACKEND,
     INTERPRETED,
     call,
     poisoned,
@@ -17,7 +18,8 @@ from helpers_ops import (
 )
 
 ROWS = 7
-OPS = ["draft_sample", "plan_gamma", "draft_step", "verify_chain", "linear_int8"]
+OPS = ["draft_sample", "plan_gamma", "draft_step", "verify_chain", pytest.param("linear_int8", marks=pytest.mark.skipif(
+    BACKEND != "cpu", reason="the reference is PyTorch's matrix product, which may sum in any order"))]
 each_op = pytest.mark.parametrize("op", OPS)
 SHARED = {"w1", "b1", "w2", "b2", "gammas", "seconds", "weight", "scale"}  # of no row in particular
 
