@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from speckv.errors import ModelError
+from speckv.errors import InputError, ModelError
 from speckv.files import atomic_file
 from speckv.kernels import plan_gamma
 
@@ -82,11 +82,17 @@ def fold_standardisation(w1, b1, mean, scale) -> tuple:
     return folded, b1 - mean @ folded
 
 
-def save_controller(controller: Controller, file: Path) -> None:
-    """Write a controller: safetensors with its sizes, its hash and where it comes from.
+def check_name(file: Path) -> None:
+    """Raise InputError unless the name says in which of the two layouts a controller is to be written."""
+    if Path(file).suffix not in (".safetensors", ".npz"):
+        raise InputError(f"{file} is no name for a controller: end it in .safetensors, or in .npz for the released "
+                         "layout")
 
-    A name that ends in .npz gives the released layout: fp64 arrays W1, b1, W2, b2 and nothing else.
-    """
+
+def save_controller(controller: Controller, file: Path) -> None:
+    """Write a controller: FILE.safetensors, with its sizes, its hash and where it comes from, or FILE.npz, the released
+    layout: fp64 arrays W1, b1, W2, b2 and nothing else."""
+    check_name(file)
     with atomic_file(file) as temporary:
         if Path(file).suffix == ".npz":
             _write_released(controller, temporary)

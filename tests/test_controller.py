@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from speckv import ModelError
+from speckv import InputError, ModelError
 from speckv.controller import RELEASED_NAMES, Controller, fold_standardisation, from_arrays, load_controller
 from speckv.controller import save_controller as save
 from speckv.kernels import plan_gamma
@@ -43,6 +43,12 @@ def test_the_released_layout_has_its_names_and_shapes(tmp_path):
     save(some_controller(), tmp_path / "released.npz")
     with np.load(tmp_path / "released.npz", allow_pickle=False) as arrays:
         assert {name: arrays[name].shape for name in arrays} == {"W1": (6, 16), "b1": (16,), "W2": (16, 1), "b2": (1,)}
+
+
+def test_a_name_must_say_the_layout(tmp_path):
+    with pytest.raises(InputError, match=r"end it in \.safetensors"):
+        save(some_controller(), tmp_path / "controller.pkl")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("seconds, different_choices", [(None, 1), (torch.tensor([0.05, 0.09, 0.12, 0.17]), 2)],
