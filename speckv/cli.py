@@ -190,6 +190,31 @@ def distill(
 
 
 @app.command()
+def paper(
+    data: Annotated[Path, typer.Option(
+        help="Folder with the results released with the paper: phase2_step_results.csv (a row a step), "
+             "phase2_experiment_results.csv (a row a text), and its published tables, paper_*.csv and "
+             "paper_numbers.json.")],
+    as_json: Annotated[bool, typer.Option(
+        "--json", help="Print one JSON object: 'recomputed', 'published' and 'honest'.")] = False,
+    save: Annotated[Path | None, typer.Option(
+        help="Keep the retrained controller: FILE.safetensors, or FILE.npz in the layout the paper releases.")] = None,
+):
+    """Recompute the SpecKV paper (arXiv 2605.02888) from its own step records, then score its policies honestly.
+
+    Its controller is trained again on its own split, and its tables are printed with the published figures beside them:
+    tokens per step as the predictor promises them. Then the same policies by what was really logged: tokens per step,
+    milliseconds per step at each compression, and so tokens per second. Needs scikit-learn: pip install
+    'speckv\\[paper]'. Example:
+
+    speckv paper --data speckv_paper --save controller.safetensors
+    """
+    from speckv.paper import run
+
+    run(data, as_json, save)
+
+
+@app.command()
 def doctor():
     """Versions, devices, and which backend serves each op and why."""
     from speckv.doctor import report

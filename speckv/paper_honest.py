@@ -1,0 +1,154 @@
+"""The paper's policies scored by what its records really hold: logged tokens, and the time they took.
+
+The paper scores a policy by its own predictor and in tokens per step, which makes long drafts look free. Here
+
+- a policy's tokens are those logged in the steps whose gamma was the one it would have chosen. Within a compression and
+  task a step counts inversely to how many were logged at its gamma, so a policy is not judged by what was logged most;
+- a step takes draft_ms * gamma + verify_ms, both fitted per compression to the time the texts took. The time of the
+  decision itself is not charged;
+- every compression and task is given the same length of text: rates are total tokens over total steps or seconds;
+- models are fitted without the prompts on which they choose, all gammas and compressions of a prompt being left out
+  together.
+
+The signals of a step describe tokens already drafted at its gamma, so a decoding loop cannot choose that gamma from
+them: speckv-fast and speckv-accurate stay in hindsight even here. speckv-causal is what a loop can do: the same MLP
+with the signals and the acceptance of the step before; a text's first step drafts 4.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from speckv.errors import InputError
+from speckv.paper_fit import choose, fit_forest, fit_mlp, logged_gammas, predict, table_policies
+from speckv.paper_records import COMPRESSION_CODES, Runs, Steps
+
+FOLDS = 5
+FIRST_GAMMA = 4
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a policy really gains: tokens a step, milliseconds a step, tokens a second."""
+
+    tokens_per_step: float
+    ms_per_step: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1000 * self.tokens_per_step / self.ms_per_step
+
+
+@dataclass(frozen=True)
+class Honest:
+    """scores[policy][compression or "all"]; costs[compression] = (draft_ms a token, verify_ms a pass)."""
+
+    scores: dict
+    costs: dict
+    logged: dict        # {gamma: tokens a step, over all steps logged at it}
+    measured: dict      # {compression: {gamma: tokens per second, mean over texts}}, no model of the time involved
+    mean_gamma: dict    # {policy: its mean choice}
+    correlation: dict   # of predicted with observed acceptance on prompts left out: same step, step before
+
+
+def score(steps: Steps, runs: Runs) -> Honest:
+    """Score fixed gammas, the paper's policies, and what of them a loop can run."""
+    gammas, costs = logged_gammas(steps), fit_costs(runs)
+    fixed = {f"fixed-{gamma}": np.full_like(steps.gamma, gamma) for gamma in gammas}
+    fast, fast_correlation = left_out(fit_mlp, steps, runs, steps.inputs(), gammas)
+    accurate, _ = left_out(fit_forest, steps, runs, steps.inputs(), gammas)
+    causal, causal_correlation = left_out(fit_mlp, steps, runs, inputs_before(steps), gammas, steps.position > 0)
+    chosen = {**fixed, **table_policies(steps, runs), "fixed-fastest": fastest(steps, gammas, costs),
+              "speckv-fast": fast, "speckv-accurate": accurate, "speckv-causal": causal}
+    return Honest(
+        scores={policy: replay(policy, steps, gamma, costs) for policy, gamma in chosen.items()},
+        costs=costs,
+        logged={int(gamma): float(steps.tokens[steps.gamma == gamma].mean()) for gamma in gammas},
+        measured={name: {int(gamma): _mean_speed(runs, name, gamma) for gamma in gammas} for name in costs},
+        mean_gamma={policy: float(gamma.mean()) for policy, gamma in chosen.items()},
+        correlation={"same_step": fast_correlation, "step_before": causal_correlation})
+
+
+def _mean_speed(runs, compression, gamma):
+    here = (runs.compression == compression) & (runs.gamma == gamma)
+    return float((1000 * runs.tokens[here] / runs.milliseconds[here]).mean())
+
+
+def fit_costs(runs: Runs) -> dict:
+    """{compression: (draft_ms, verify_ms)} by least squares: a text takes (gamma * draft_ms + verify_ms) * steps."""
+    costs = {}
+    for compression in sorted(set(runs.compression), key=COMPRESSION_CODES.get):
+        here = runs.compression == compression
+        drafted_and_verified = np.column_stack([runs.gamma * runs.steps, runs.steps])[here]
+        (draft_ms, verify_ms), _, rank, _ = np.linalg.lstsq(drafted_and_verified, runs.milliseconds[here], rcond=None)
+        if rank < 2 or draft_ms <= 0 or verify_ms <= 0:
+            raise InputError(f"the times of the {compression} texts do not tell the cost of drafting from that of "
+                             "verifying: records of at least two gammas are needed")
+        costs[str(compression)] = (float(draft_ms), float(verify_ms))
+    return costs
+
+
+def fastest(steps: Steps, gammas: np.ndarray, costs: dict) -> np.ndarray:
+    """The fixed gamma [N] with the most tokens per second at each compression, known in hindsight."""
+    chosen = np.zeros_like(steps.gamma)
+    scores = {gamma: replay("fixed", steps, np.full_like(steps.gamma, gamma), costs) for gamma in gammas}
+    for compression in costs:
+        chosen[steps.compression == compression] = max(
+            gammas, key=lambda gamma: scores[gamma][compression].tokens_per_second)
+    return chosen
+
+
+def inputs_before(steps: Steps) -> np.ndarray:
+    """Inputs [N, 7] a loop has before it drafts: the last step's signals, compression, the last step's acceptance,
+    gamma. Rows of first steps hold another text's and are not to be used."""
+    inputs = steps.inputs()
+    before = np.column_stack([inputs[:, :5], steps.acceptance])
+    before[1:, :4], before[1:, 5] = inputs[:-1, :4], steps.acceptance[:-1]
+    return np.column_stack([before, steps.gamma])
+
+
+def left_out(fit, steps: Steps, runs: Runs, inputs: np.ndarray, gammas: np.ndarray, usable=None) -> tuple:
+    """Gamma [N] chosen by models fitted on other prompts, and the correlation of what they predict with what was seen.
+
+    Where `usable` [N] is False the choice is FIRST_GAMMA.
+    """
+    from sklearn.model_selection import GroupKFold
+
+    rows = np.arange(len(inputs)) if usable is None else np.flatnonzero(usable)
+    prompt = runs.prompt[steps.run[rows]]
+    if len(set(prompt)) < FOLDS:
+        raise InputError(f"the records hold {len(set(prompt))} prompts: at least {FOLDS} are needed to leave some out")
+    chosen, predicted = np.full_like(steps.gamma, FIRST_GAMMA), np.zeros(len(inputs))
+    for train, test in GroupKFold(FOLDS).split(rows, groups=prompt):
+        model = fit(inputs[rows[train]], steps.acceptance[rows[train]])
+        chosen[rows[test]], _ = choose(model, inputs[rows[test], :-1], gammas)
+        predicted[rows[test]] = np.clip(predict(model, inputs[rows[test]]), 0, 1)
+    return chosen, float(np.corrcoef(predicted[rows], steps.acceptance[rows])[0, 1])
+
+
+def replay(policy: str, steps: Steps, chosen: np.ndarray, costs: dict) -> dict:
+    """{compression or "all": Score} of a policy that would choose gamma `chosen` [N]."""
+    cells = {compression: [_replay_cell(policy, steps, chosen, compression, task, costs[compression])
+                           for task in np.unique(steps.task[steps.compression == compression])]
+             for compression in costs}
+    return {name: _same_text(scores) for name, scores in cells.items()} | {
+        "all": _same_text([one for scores in cells.values() for one in scores])}
+
+
+def _replay_cell(policy, steps, chosen, compression, task, cost):
+    cell = (steps.compression == compression) & (steps.task == task)
+    gamma, tokens, matches = steps.gamma[cell], steps.tokens[cell], (chosen == steps.gamma)[cell]
+    if not matches.any():
+        raise InputError(f"no step of {compression} {task} was logged at the gamma that {policy} chooses: the records "
+                         "are too few to score it")
+    _, which, logged = np.unique(gamma, return_inverse=True, return_counts=True)
+    weight = (matches / logged[which]) / (matches / logged[which]).sum()
+    draft_ms, verify_ms = cost
+    return Score(float(weight @ tokens), float(weight @ (gamma * draft_ms + verify_ms)))
+
+
+def _same_text(scores):
+    """All of them writing equally much: steps and time add up, tokens being one each."""
+    num_steps = sum(1 / one.tokens_per_step for one in scores)
+    milliseconds = sum(one.ms_per_step / one.tokens_per_step for one in scores)
+    return Score(len(scores) / num_steps, milliseconds / num_steps)
