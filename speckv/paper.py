@@ -59,6 +59,7 @@ def as_dict(made: Report) -> dict:
             "tokens_per_second": speeds,
             "improvement_pct": {policy: round(improvement(speeds["fixed-4"]["all"], speed["all"]), 1)
                                 for policy, speed in speeds.items()},
+            "improvement_interval": {policy: [round(end, 1) for end in ends] for policy, ends in honest.gains.items()},
             "mean_gamma": _rounded(honest.mean_gamma),
             "correlation": _rounded(honest.correlation),
             "logged_tokens_per_step": {f"fixed-{gamma}": _rounded(tokens) for gamma, tokens in honest.logged.items()},

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from speckv.errors import InputError
-from speckv.paper_fit import choose, fit_forest, fit_mlp, logged_gammas, predict, table_policies
+from speckv.paper_fit import SEED, choose, fit_forest, fit_mlp, improvement, logged_gammas, predict, table_policies
 from speckv.paper_records import COMPRESSION_CODES, Runs, Steps
 
 FOLDS = 5
 FIRST_GAMMA = 4
+RESAMPLES = 5000
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Honest:
     """scores[policy][compression or "all"]; costs[compression] = (draft_ms a token, verify_ms a pass)."""
 
     scores: dict
+    gains: dict         # {policy: (lower, upper)}, 95 % of its tokens per second over fixed-4's, in percent
     costs: dict
     logged: dict        # {gamma: tokens a step, over all steps logged at it}
     measured: dict      # {compression: {gamma: tokens per second, mean over texts}}, no model of the time involved
@@ -62,6 +64,7 @@ def score(steps: Steps, runs: Runs) -> Honest:
               "speckv-fast": fast, "speckv-accurate": accurate, "speckv-causal": causal}
     return Honest(
         scores={policy: replay(policy, steps, gamma, costs) for policy, gamma in chosen.items()},
+        gains=gain_intervals(steps, runs, chosen, costs),
         costs=costs,
         logged={int(gamma): float(steps.tokens[steps.gamma == gamma].mean()) for gamma in gammas},
         measured={name: {int(gamma): _mean_speed(runs, name, gamma) for gamma in gammas} for name in costs},
@@ -152,3 +155,50 @@ def _same_text(scores):
     num_steps = sum(1 / one.tokens_per_step for one in scores)
     milliseconds = sum(one.ms_per_step / one.tokens_per_step for one in scores)
     return Score(len(scores) / num_steps, milliseconds / num_steps)
+
+
+def gain_intervals(steps: Steps, runs: Runs, chosen: dict, costs: dict) -> dict:
+    """{policy: (lower, upper)}: 95 % of what it gains over fixed-4 in tokens per second, in percent, over all cells.
+
+    Prompts are drawn anew within each task, the same ones for both policies, and with a prompt all its texts.
+    """
+    random = np.random.RandomState(SEED)
+    prompts = np.unique(runs.prompt)
+    task_of = dict(zip(runs.prompt, runs.task, strict=True))
+    tasks = np.array([task_of[prompt] for prompt in prompts])
+    draws = np.zeros((RESAMPLES, len(prompts)))
+    for task in np.unique(tasks):
+        members = np.flatnonzero(tasks == task)
+        draws[:, members] = random.multinomial(len(members), np.full(len(members), 1 / len(members)), RESAMPLES)
+    speeds = {policy: speeds_of(steps, runs, gamma, costs, draws) for policy, gamma in chosen.items()}
+    intervals = {}
+    for policy, speed in speeds.items():
+        gains = improvement(speeds["fixed-4"], speed)
+        # A draw in which the policy's gamma was never logged says nothing.
+        intervals[policy] = tuple(np.percentile(gains[np.isfinite(gains)], [2.5, 97.5]).tolist())
+    return intervals
+
+
+def speeds_of(steps: Steps, runs: Runs, chosen: np.ndarray, costs: dict, draws: np.ndarray) -> np.ndarray:
+    """Tokens per second [R] over all cells, as replay gives them, of R draws; draws [R, P] counts each prompt."""
+    prompt = np.unique(runs.prompt, return_inverse=True)[1][steps.run]
+
+    def drawn(which, values=None):
+        return draws @ np.bincount(prompt[which], values, draws.shape[1])
+
+    milliseconds, num_cells = np.zeros(len(draws)), 0
+    for compression, (draft_ms, verify_ms) in costs.items():
+        here = steps.compression == compression
+        for task in np.unique(steps.task[here]):
+            cell = here & (steps.task == task)
+            cell_tokens, cell_ms = np.zeros(len(draws)), np.zeros(len(draws))
+            for gamma in np.unique(steps.gamma[cell]):
+                logged = cell & (steps.gamma == gamma)
+                matches = logged & (chosen == gamma)
+                num_logged = np.maximum(drawn(logged), 1)
+                cell_tokens += drawn(matches, steps.tokens[matches]) / num_logged
+                cell_ms += drawn(matches) / num_logged * (gamma * draft_ms + verify_ms)
+            with np.errstate(invalid="ignore"):
+                milliseconds += cell_ms / cell_tokens
+            num_cells += 1
+    return 1000 * num_cells / milliseconds

@@ -69,6 +69,7 @@ def test_the_honest_score_is_what_the_records_hold(released):
     for gamma, tokens in honest.logged.items():
         assert honest.scores[f"fixed-{gamma}"]["all"].tokens_per_step == pytest.approx(tokens, abs=0.01)
     speed = {policy: scores["all"].tokens_per_second for policy, scores in honest.scores.items()}
+    assert honest.gains["speckv-fast"] == pytest.approx((-6.7, 0.3), abs=0.5)
     assert speed["speckv-fast"] < speed["fixed-4"] < speed["fixed-fastest"]
     assert honest.correlation["step_before"] < 0.5 < honest.correlation["same_step"]
 
@@ -185,6 +186,21 @@ def test_every_cell_writes_the_same_text():
     together = paper_honest._same_text(scores)  # 4 tokens each take 2 steps of 40 ms and 1 of 100 ms
     assert together.tokens_per_step == pytest.approx(8 / 3)
     assert together.tokens_per_second == pytest.approx(1000 * 8 / 180)
+
+
+def test_drawing_every_prompt_once_is_the_replay_itself(tmp_path):
+    steps, runs, _ = paper_records.read(small_release(tmp_path))
+    costs, chosen = paper_honest.fit_costs(runs), np.where(steps.signals[:, 1] > 0.5, 4, 2)
+    replayed = paper_honest.replay("by confidence", steps, chosen, costs)["all"].tokens_per_second
+    once = np.ones((1, 6))
+    assert paper_honest.speeds_of(steps, runs, chosen, costs, once) == pytest.approx([replayed])
+    assert paper_honest.speeds_of(steps, runs, chosen, costs, 3 * once) == pytest.approx([replayed])
+    intervals = paper_honest.gain_intervals(
+        steps, runs, {"fixed-4": np.full_like(chosen, 4), "by confidence": chosen}, costs)
+    gain = paper_fit.improvement(
+        paper_honest.replay("fixed-4", steps, np.full_like(chosen, 4), costs)["all"].tokens_per_second, replayed)
+    assert intervals["fixed-4"] == pytest.approx((0, 0))
+    assert intervals["by confidence"][0] < gain < intervals["by confidence"][1]
 
 
 def test_a_gamma_that_was_never_logged_cannot_be_scored():
