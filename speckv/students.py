@@ -16,6 +16,7 @@ from speckv import drafter_folder, head, pruned
 from speckv.corpus import ROLE_ANSWER
 
 MATCH_GAMMA = 4
+LOGIT_ROWS = 480   # positions whose logits are made at once: 31 MB for 16,384 tokens, see speckv/memory.py
 DEPTH_DECAY = 0.8  # what each further token counts, against the one before
 
 
@@ -120,12 +121,16 @@ class HeadStudent:
         length = tokens.shape[1]
         position = torch.arange(length, device=self._device)
         distance = position.unsqueeze(1) - position.unsqueeze(0)  # query - key
-        cache = DynamicCache(config=self._head.layer.config) if depth > 1 else None
+        # Of full attention, whatever the layer's: a window would drop the keys of earlier passes, not of earlier
+        # positions. The masks keep to it instead.
+        cache = DynamicCache() if depth > 1 else None
+        (layer,) = DynamicCache(config=self._head.layer.config).layers
+        window = layer.sliding_window if layer.is_sliding else length
         brought, outputs = self._head.observed(hidden), []
         for d in range(1, depth + 1):
             mask = None  # causal
             if d > 1:
-                seen = [distance >= d - 1] + [distance == d - m for m in range(2, d + 1)]
+                seen = [(distance >= d - 1) & (distance < window)] + [distance == d - m for m in range(2, d + 1)]
                 mask = torch.cat(seen, dim=1).expand(len(tokens), 1, -1, -1)
             outputs.append(self._head.hidden(
                 pad(brought[:, :-1], (0, 0, 1, 0)), tokens, past_key_values=cache, use_cache=depth > 1,
@@ -149,13 +154,16 @@ class HeadStudent:
             return None
         depth = self._depth_at(done)
         tokens, hidden = tokens[:, :-1].to(self._device), hidden[:, :-1].to(self._device)
+        total, states = 0.0, _last(self._target, hidden).flatten(0, 1)
         with _mixed_precision(self._target):
-            with torch.no_grad():
-                teacher = self._head.logits(_last(self._target, hidden).flatten(0, 1)[chosen]).float().softmax(-1)
-            total = 0.0
-            for d, output in enumerate(self._passes(tokens, hidden, depth)):
-                drafted = self._head.logits(output.flatten(0, 1)[chosen])
-                total = total + DEPTH_DECAY ** d * F.cross_entropy(drafted.float(), teacher)
+            outputs = self._passes(tokens, hidden, depth)
+            for part in chosen.split(LOGIT_ROWS):
+                with torch.no_grad():
+                    teacher = self._head.logits(states[part]).float().softmax(-1)
+                for d, output in enumerate(outputs):
+                    drafted = self._head.logits(output.flatten(0, 1)[part])
+                    share = DEPTH_DECAY ** d * len(part) / len(chosen)
+                    total = total + share * F.cross_entropy(drafted.float(), teacher)
         return total / sum(DEPTH_DECAY ** d for d in range(depth))
 
     @torch.no_grad()

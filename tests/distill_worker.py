@@ -4,7 +4,7 @@ import torch
 from tiny_chat import tiny_tokenizer
 from tiny_models import tiny_model
 
-from speckv import distill, questions
+from speckv import distill, distill_settings, distill_text, questions
 
 # Before processes are forked from the one that has imported this, rather than in each of them.
 __import__("transformers.models.llama.modeling_llama")
@@ -16,7 +16,7 @@ HELD_OUT_ROWS = 8
 
 def _prepared(threads):
     torch.set_num_threads(threads)
-    distill.HELD_OUT_ROWS = HELD_OUT_ROWS
+    distill_settings.HELD_OUT_ROWS = HELD_OUT_ROWS
     model = tiny_model("llama")
     model.generation_config.eos_token_id = END_OF_TURN
     return model, tiny_tokenizer()
@@ -31,10 +31,10 @@ def distill_tiny(reports, threads, folder, settings):
 
 def write_tiny(reports, threads, folder, settings):
     """Only write text; reports the number of each shard that is begun."""
-    write_shard = distill.write_shard
+    write_shard = distill_text.write_shard
 
     def reported(target, tokenizer, corpus, index, *rest):
         reports.send(index)
         return write_shard(target, tokenizer, corpus, index, *rest)
-    distill.write_shard = reported
+    distill_text.write_shard = reported
     distill.write_only(*_prepared(threads), folder / "work", settings)

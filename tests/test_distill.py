@@ -21,7 +21,18 @@ from tiny_chat import tiny_tokenizer
 from tiny_models import prompt_ids, tiny_model
 
 import speckv
-from speckv import InputError, ModelError, distill, drafter_folder, memory, model_card, pruned, training_plot
+from speckv import (
+    InputError,
+    ModelError,
+    distill,
+    distill_settings,
+    distill_text,
+    drafter_folder,
+    memory,
+    model_card,
+    pruned,
+    training_plot,
+)
 from speckv.corpus import ROLE_ANSWER, ROLE_QUESTION, Corpus, CorpusSettings, write_shard
 from speckv.distill import DistillSettings
 from speckv.files import locked
@@ -35,7 +46,7 @@ SETTINGS = DistillSettings(
 @pytest.fixture(scope="module", autouse=True)
 def few_held_out_rows():
     patch = pytest.MonkeyPatch()
-    patch.setattr(distill, "HELD_OUT_ROWS", distill_worker.HELD_OUT_ROWS)
+    patch.setattr(distill_settings, "HELD_OUT_ROWS", distill_worker.HELD_OUT_ROWS)
     yield
     patch.undo()
 
@@ -302,7 +313,7 @@ def test_two_processes_never_write_the_same_shard(processes, tmp_path):
 
 
 def test_a_shard_that_another_process_is_writing_is_waited_for(target, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(distill_text, "POLL_SECONDS", 0.01)
     notes = []
     with contextlib.ExitStack() as another:
         layers = distill.head.feature_layers(target)
@@ -356,13 +367,13 @@ def test_a_shard_that_would_take_too_long_is_left(target, finished, tmp_path, mo
             time.sleep(0.02)
             arguments[-1](count)
         return write_shard(*arguments[:-1], on_step)
-    monkeypatch.setattr(distill, "write_shard", slow)
+    monkeypatch.setattr(distill_text, "write_shard", slow)
     settings = dataclasses.replace(SETTINGS, hours=1 / 3600)
     settings = dataclasses.replace(settings, corpus=dataclasses.replace(settings.corpus, tokens=10**6))
     run(target, tmp_path / "drafter", tmp_path / "work", settings=settings, resume=False)
     trained = card(tmp_path)["trained"]
     assert trained["tokens_of_text"] == 2 * ROWS * LENGTH, "there was time for a part of a third shard only"
-    assert trained["seconds"]["text"] < distill.TEXT_SHARE
+    assert trained["seconds"]["text"] < distill_text.TEXT_SHARE
 
 
 def test_training_starts_from_a_drafter_and_ends_no_worse(target, settings, finished, tmp_path):
@@ -423,7 +434,8 @@ def test_the_training_is_drawn(settings, finished, tmp_path, monkeypatch):
 
 def test_a_disk_without_room_is_refused_before_any_work(target, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(distill.shutil, "disk_usage", lambda folder: usage._replace(free=distill.ROOM_FOR_TRAINING + 9))
+    little = usage._replace(free=distill_text.ROOM_FOR_TRAINING + 9)
+    monkeypatch.setattr(distill_text.shutil, "disk_usage", lambda folder: little)
     with pytest.raises(InputError, match=r"has room for 0\.0: choose another work folder, or fewer tokens"):
         run(target, tmp_path / "drafter", tmp_path / "work")
     assert not list((tmp_path / "work").glob("*.safetensors"))
@@ -539,3 +551,16 @@ def test_a_drafter_made_for_another_target_is_refused(folder):
 def test_too_many_layers_are_refused(target):
     with pytest.raises(ModelError, match="choose 1 to 2"):
         pruned.prune(target, 3)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2", "gemma", "mistral-sliding"])
+def test_a_head_is_distilled_from_targets_of_other_kinds(architecture, tmp_path):
+    target = tiny_model(architecture)
+    target.generation_config.eos_token_id = distill_worker.END_OF_TURN
+    _, calls = run(target, tmp_path / "drafter", tmp_path / "work", settings=dataclasses.replace(SETTINGS, kind="head"))
+    losses = [call.loss for call in calls if call.loss is not None]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    drafter = speckv.load_drafter(str(tmp_path / "drafter"), target)
+    output = speckv.generate(target, drafter, prompt_ids(), max_new_tokens=12, policy="fixed:3", eos_token_id=[])
+    plain = speckv.generate(target, None, prompt_ids(), max_new_tokens=12, policy="off", eos_token_id=[])
+    assert torch.equal(output.sequences, plain.sequences)
