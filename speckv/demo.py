@@ -12,7 +12,7 @@ from speckv.policy import parse_policy
 from speckv.records import SpecOutput
 from speckv.terminal import ACCEPTED_STYLE, TokenPrinter, encode_prompt
 
-TABLE_WIDTH = 124
+TABLE_WIDTH = 140
 PROMPTS = {
     "code": "Write a Python function that returns the n-th Fibonacci number, with a docstring.",
     "math": "A train travels 60 km in the first hour and 45 km in each of the next three hours. How far does it "
