@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -90,11 +91,28 @@ def _loading_settings(compression, device):
     from transformers import BitsAndBytesConfig
 
     if compression == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
         config = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     return {"dtype": torch.bfloat16, "quantization_config": config, "device_map": {"": device}}
+
+
+class _Once(logging.Filter):
+    """Lets a message through once: bitsandbytes tells of the same cast at every product of every token."""
+
+    def __init__(self):
+        super().__init__()
+        self._said = set()
+
+    def filter(self, record):
+        is_new = record.getMessage() not in self._said
+        self._said.add(record.getMessage())
+        return is_new
+
+
+_ONCE = _Once()
 
 
 def embedded_model() -> Path:

@@ -48,7 +48,7 @@ def test_the_embedded_pair_decodes_what_generate_decodes_in_fp32(smollm2, prompt
 @needs_embedded
 @pytest.mark.parametrize("compression, dtype", [
     ("bf16", torch.bfloat16), ("fp16", torch.float16), ("int8", torch.int8), ("nf4", torch.uint8)])
-def test_every_compression_loads_and_decodes(compression, dtype):
+def test_every_compression_loads_and_decodes(compression, dtype, caplog):
     if compression in ("int8", "nf4"):
         pytest.importorskip("bitsandbytes")
     target, tokenizer = speckv.load_target("smollm2", compression)
@@ -57,6 +57,8 @@ def test_every_compression_loads_and_decodes(compression, dtype):
     ids = encode_prompt(tokenizer, PROMPTS["code"])
     output = speckv.generate(target, drafter, ids, max_new_tokens=12, policy="fixed:2")
     assert "def" in tokenizer.decode(output.sequences[0, ids.shape[1]:])
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == len(set(messages)), "nothing is said at every product of every token"
 
 
 @needs_embedded
