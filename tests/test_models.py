@@ -55,7 +55,8 @@ def test_every_compression_loads_and_decodes(compression, dtype, caplog):
     assert target.model.layers[0].mlp.up_proj.weight.dtype == dtype
     drafter = speckv.load_drafter("smollm2", target)
     ids = encode_prompt(tokenizer, PROMPTS["code"])
-    output = speckv.generate(target, drafter, ids, max_new_tokens=12, policy="fixed:2")
+    # Room for a sentence before the code: how int8 begins depends on how many tokens are verified together.
+    output = speckv.generate(target, drafter, ids, max_new_tokens=24, policy="fixed:2")
     assert "def" in tokenizer.decode(output.sequences[0, ids.shape[1]:])
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == len(set(messages)), "nothing is said at every product of every token"
