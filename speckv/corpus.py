@@ -46,7 +46,8 @@ OPENERS = (
 
 @dataclass(frozen=True)
 class CorpusSettings:
-    """How much text, in what pieces. Shard i depends only on these and on i, so a shard can be made again alone."""
+    """How much text, in what pieces. Shard i depends only on these and on i, so a shard can be made again alone (by the
+    same version of Python, whose own sources are among the questions)."""
     tokens: int = 400_000
     rows: int = 128
     length: int = 512

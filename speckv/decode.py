@@ -66,7 +66,7 @@ class _Run:
         self._target = CachedModel(target)
         self._draft = drafter.open() if drafter is not None else None
         self._own_signals = getattr(self._draft, "signals", None)
-        self._wants_hidden = drafter is not None and drafter.wants_hidden
+        self._wants_hidden = drafter.wants_hidden if drafter is not None else ()
         self._temperature = torch.full((1,), settings.temperature, device=device)
         self._random = torch.Generator()
         self._random.manual_seed(settings.seed) if settings.seed is not None else self._random.seed()

@@ -12,7 +12,8 @@ class Drafter(Protocol):
     vocabulary: int
     context: int | None
     rope_switch: int | None  # see speckv.cache.rope_switch
-    wants_hidden: bool       # whether its sessions are to be shown the target's last hidden states
+    wants_hidden: tuple      # after which of the target's layers its sessions are shown the hidden states, see
+                             # speckv.cache.hidden_states; empty for none
 
     def open(self) -> "DraftSession":
         """Start on a new sequence."""
@@ -33,7 +34,7 @@ class DraftSession(Protocol):
         """
 
     def observe(self, hidden, start: int) -> None:
-        """The target's last hidden states [B, n, H] of positions start, start + 1, ...; called if wants_hidden."""
+        """The target's hidden states [B, n, layers·H] of positions start, start + 1, ...; called if wants_hidden."""
 
     def rollback(self, length: int) -> None:
         """Only the first `length` tokens of the sequence stand; forget the rest. Called after every step."""
@@ -42,7 +43,7 @@ class DraftSession(Protocol):
 class CausalLMDrafter:
     """Any causal language model that shares the target's tokenizer."""
 
-    wants_hidden = False
+    wants_hidden = ()
 
     def __init__(self, model):
         check_rollback(model, "drafter")

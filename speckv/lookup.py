@@ -34,7 +34,7 @@ class LookupDrafter:
     ones beyond `longest`. Where nothing matches nothing is proposed, and the step is plain decoding.
     """
 
-    wants_hidden = False
+    wants_hidden = ()
     context = None
     rope_switch = None
     name = "prompt lookup"
