@@ -5,17 +5,15 @@
 #include <vector>
 
 #include "checks.h"
-#include "clones.h"
 #include "tensors.h"
+#include "vectors.h"
 
 namespace speckv {
 namespace {
 
-using Floats = float __attribute__((vector_size(64)));
 using Int32s = int32_t __attribute__((vector_size(64)));
 using UInt32s = uint32_t __attribute__((vector_size(64)));
 
-constexpr int64_t kLanes = 16;
 constexpr int64_t kChunk = 4 * kLanes;  // weights in one vector
 constexpr int64_t kTileRows = 64;       // weight rows: with K = 576 they stay in L1, with K = 1,536 in L2
 constexpr int64_t kTileInputs = 4;      // rows of x: their sums fill half of AVX-512's registers
@@ -31,10 +29,6 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the order of Chunk is 
 struct alignas(64) Chunk {
     float values[kChunk];
 };
-
-SPECKV_INLINE void load(const void* src, Floats& dst) {
-    std::memcpy(&dst, src, sizeof(dst));
-}
 
 // sums[input] += the products of 64 weights with a chunk of each input, in an order that does not depend on `inputs`.
 template <int inputs>
@@ -56,17 +50,6 @@ SPECKV_INLINE void add_products(const int8_t* weights, const Chunk* x, int64_t s
             sums[input][part % 2] += wide[part] * values;
         }
     }
-}
-
-SPECKV_INLINE float sum_lanes(const Floats& vector) {
-    float lanes[kLanes];
-    std::memcpy(lanes, &vector, sizeof(lanes));
-    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-        for (int64_t i = 0; i < half; ++i) {
-            lanes[i] += lanes[i + half];
-        }
-    }
-    return lanes[0];
 }
 
 // Rows of weights, each with a scale.
@@ -125,15 +108,6 @@ void arrange(const Row& row, Chunk* chunks) {
     }
 }
 
-void store(const float* values, int64_t size, Dtype dtype, std::byte* out, int64_t index) {
-    if (dtype == Dtype::kFloat32) {
-        std::copy(values, values + size, reinterpret_cast<float*>(out) + index);
-    } else {
-        const auto store_halves = dtype == Dtype::kBFloat16 ? store_bfloat16 : store_float16;
-        store_halves(values, size, reinterpret_cast<uint16_t*>(out) + index);
-    }
-}
-
 // out [inputs, rows] of the inputs' dtype, contiguous. Weight rows are split over threads where they are many.
 void multiply(const Logits& inputs, int64_t num_inputs, const Weights& weights, int64_t rows, std::byte* out) {
     constexpr int64_t kElementsPerThread = int64_t{1} << 20;
@@ -153,7 +127,8 @@ void multiply(const Logits& inputs, int64_t num_inputs, const Weights& weights, 
                 const int64_t count = std::min(kTileInputs, num_inputs - i);
                 multiply_tile(weights, begin, end, x + i * stride, stride, count, results);
                 for (int64_t j = 0; j < count; ++j) {
-                    store(results.values + j * kTileRows, end - begin, inputs.dtype, out, (i + j) * rows + begin);
+                    narrow(results.values + j * kTileRows, end - begin, inputs.dtype,
+                           out + ((i + j) * rows + begin) * element_bytes(inputs.dtype));
                 }
             }
         }

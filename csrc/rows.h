@@ -16,6 +16,10 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 enum class Dtype { kFloat32, kFloat16, kBFloat16 };
 
+constexpr int64_t element_bytes(Dtype dtype) {
+    return dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
 struct Row {
     const void* logits;  // [size], unit stride
     Dtype dtype;
@@ -40,10 +44,19 @@ inline Block load_block(const Row& row, int64_t start, float* buffer) {
     return {buffer, size};
 }
 
+// out[i] = values[i], rounded to nearest even.
+inline void narrow(const float* values, int64_t size, Dtype dtype, void* out) {
+    if (dtype == Dtype::kFloat32) {
+        std::copy(values, values + size, static_cast<float*>(out));
+    } else {
+        const auto store = dtype == Dtype::kBFloat16 ? store_bfloat16 : store_float16;
+        store(values, size, static_cast<uint16_t*>(out));
+    }
+}
+
 inline float logit_at(const Row& row, int64_t index) {
     float value;
-    const int64_t element_bytes = row.dtype == Dtype::kFloat32 ? 4 : 2;
-    const Row one{static_cast<const std::byte*>(row.logits) + index * element_bytes, row.dtype, 1};
+    const Row one{static_cast<const std::byte*>(row.logits) + index * element_bytes(row.dtype), row.dtype, 1};
     return *load_block(one, 0, &value).values;
 }
 

@@ -81,13 +81,13 @@ inline Logits as_logits(const Tensor& tensor) {
     const Dtype dtype = number == aoti_torch_dtype_float32()   ? Dtype::kFloat32
                         : number == aoti_torch_dtype_float16() ? Dtype::kFloat16
                                                                : Dtype::kBFloat16;
-    const int64_t element_bytes = dtype == Dtype::kFloat32 ? 4 : 2;
+    const int64_t bytes = element_bytes(dtype);
     const int64_t last = tensor.dim() - 1;
     return {
         data<std::byte>(tensor),
         dtype,
         tensor.size(last),
-        {tensor.stride(0) * element_bytes, last > 1 ? tensor.stride(1) * element_bytes : 0},
+        {tensor.stride(0) * bytes, last > 1 ? tensor.stride(1) * bytes : 0},
     };
 }
 

@@ -101,6 +101,28 @@ def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperatu
     _device(op, target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform)
 
 
+def _heads(op, name, tensor, *expected):
+    _shape(op, name, tensor, *expected)
+    _floating(op, name, tensor)
+    torch._check(tensor.shape[3] >= 1, lambda: f"{op}: {name} must have heads of at least 1")
+    _unit_stride(op, name, tensor)
+
+
+def decode_attention(query, key, value, scale):
+    op = "decode_attention"
+    _heads(op, "query", query, None, None, None, None)
+    _heads(op, "key", key, query.shape[0], None, None, query.shape[3])
+    _heads(op, "value", value, query.shape[0], key.shape[1], key.shape[2], None)
+    torch._check(key.dtype == query.dtype and value.dtype == query.dtype,
+                 lambda: f"{op}: query, key and value must have one dtype")
+    torch._check(key.shape[1] >= 1 and query.shape[1] % key.shape[1] == 0,
+                 lambda: f"{op}: query must have a multiple of the {key.shape[1]} heads of key, got {query.shape[1]}")
+    torch._check(query.shape[2] <= key.shape[2],
+                 lambda: f"{op}: query has {query.shape[2]} tokens, key only {key.shape[2]}")
+    torch._check(0 < scale <= 1e30, lambda: f"{op}: scale must be finite and > 0")
+    _device(op, query, key, value)
+
+
 def linear_int8(x, weight, scale):
     op = "linear_int8"
     _shape(op, "x", x, None, None)

@@ -25,6 +25,7 @@ SCHEMAS = {
     "verify_chain": "(Tensor target_logits, Tensor draft_logits, Tensor draft_tokens, Tensor num_draft,"
                     " Tensor temperature, Tensor uniform) -> (Tensor tokens, Tensor accepted)",
     "linear_int8": "(Tensor x, Tensor weight, Tensor scale) -> Tensor",
+    "decode_attention": "(Tensor query, Tensor key, Tensor value, float scale) -> Tensor",
 }
 TRITON_OPS = ("draft_sample", "plan_gamma", "draft_step", "verify_chain")  # the others run in the reference on a GPU
 BACKENDS = ("reference", "triton", "cpu")
@@ -65,12 +66,19 @@ def _linear_int8_shapes(x, weight, scale):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
+def _decode_attention_shapes(query, key, value, scale):
+    checks.decode_attention(query, key, value, scale)
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, heads, value.shape[3])
+
+
 _SHAPES = {
     "draft_sample": _draft_sample_shapes,
     "plan_gamma": _plan_gamma_shapes,
     "draft_step": _draft_step_shapes,
     "verify_chain": _verify_chain_shapes,
     "linear_int8": _linear_int8_shapes,
+    "decode_attention": _decode_attention_shapes,
 }
 
 
@@ -190,5 +198,9 @@ def linear_int8(x, weight, scale):
     return torch.ops.speckv.linear_int8(x, weight, scale)
 
 
-for _op in (draft_sample, plan_gamma, draft_step, verify_chain, linear_int8):
+def decode_attention(query, key, value, scale):
+    return torch.ops.speckv.decode_attention(query, key, value, scale)
+
+
+for _op in (draft_sample, plan_gamma, draft_step, verify_chain, linear_int8, decode_attention):
     _op.__doc__ = getattr(reference, _op.__name__).__doc__

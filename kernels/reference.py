@@ -3,7 +3,8 @@
 Read top to bottom this is the whole method. While drafting, ``draft_sample`` draws a token and says how sure the
 drafter was; ``plan_gamma`` turns those signals into a speculation length; ``draft_step`` is both at once; then
 ``verify_chain`` decides which draft tokens the target keeps, so that what comes out is distributed exactly as the
-target alone would have written it. ``linear_int8`` makes a drafter's matrix products cheap.
+target alone would have written it. ``linear_int8`` makes a drafter's matrix products cheap,
+and ``decode_attention`` the attention of a few tokens, both on a CPU.
 
 Conventions shared by all backends: logits are fp32, fp16 or bf16 and all arithmetic is fp32 (cumulative sums fp64);
 the last dimension is unit-stride; a logit of -inf is a masked token with probability exactly 0, never emitted;
@@ -187,3 +188,25 @@ def linear_int8(x, weight, scale):
     """
     checks.linear_int8(x, weight, scale)
     return ((x.float() @ weight.float().T) * scale).to(x.dtype)
+
+
+def decode_attention(query, key, value, scale):
+    """Causal attention of the last few tokens of a sequence over all of it: softmax(query · key · scale) · value.
+
+    query [B, H, n, D] of the last n tokens; key [B, G, L, D], value [B, G, L, E], H a multiple of G: heads share keys
+    in runs of H / G (grouped-query attention); scale > 0. All fp32, fp16 or bf16, of one dtype, unit stride in the last
+    dimension. Returns [B, n, H, E] in that dtype; token i sees the first L - n + i + 1 positions. What a token gets
+    from the C++ kernel is the same bits however many are asked with it. There is no Triton kernel: a GPU has several.
+
+    Source: Ainslie et al., GQA, arXiv 2305.13245.
+    """
+    checks.decode_attention(query, key, value, scale)
+    batch, heads, tokens, size = query.shape
+    groups, positions = key.shape[1:3]
+    rows = query.float().reshape(batch, groups, -1, size)
+    scores = (rows @ key.float().transpose(2, 3)).reshape(batch, heads, tokens, positions) * scale
+    position = torch.arange(positions, device=query.device)
+    hidden = position > position[positions - tokens:].unsqueeze(1)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+    out = weights.reshape(batch, groups, -1, positions) @ value.float()
+    return out.reshape(batch, heads, tokens, value.shape[3]).transpose(1, 2).contiguous().to(query.dtype)

@@ -138,7 +138,7 @@ def distill(
 ):
     """Make a drafter for a target: it writes its own training text, and the drafter learns to write it too.
 
-    Interrupt it at any time; the same command goes on where it stopped. On the CPU the target is held in fp32, where
+    Interrupt it at any time; the same command goes on where it stopped. On a CPU the target is held in fp32 where
     that is faster than bf16; the drafter serves every compression. Examples:
 
     speckv distill --target smollm2 --output my-drafter && speckv generate --draft my-drafter --prompt "Hello"
@@ -153,7 +153,7 @@ def distill(
     from speckv.distill import write_only as write
     from speckv.files import cache_folder
     from speckv.memory import keep_freed_memory
-    from speckv.models import default_device
+    from speckv.models import default_device, faster_dtype
     from speckv.terminal import DistillProgress, held_out_table
     from speckv.training_plot import INSTALL, can_draw
 
@@ -166,7 +166,7 @@ def distill(
     corpus = CorpusSettings(tokens=tokens or (TOKENS if hours is None else MOST_TOKENS))
     settings = DistillSettings(kind=kind, num_layers=layers, depth=depth, epochs=EPOCHS if epochs is None else epochs,
                                hours=hours, corpus=corpus)
-    model, tokenizer = load_target(target, "fp32" if default_device().type == "cpu" else "bf16")
+    model, tokenizer = load_target(target, faster_dtype(default_device()))
     corpus = replace(corpus, length=min(corpus.length, context_limit(model) or corpus.length))
     settings = replace(settings, corpus=corpus)
     work = work or cache_folder() / "distill" / target.replace("/", "--")

@@ -4,12 +4,13 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import time
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from speckv import drafter_folder, head, pruned
+from speckv import attention, drafter_folder, head, pruned
 from speckv.cache import vocabulary_size
 from speckv.errors import ModelError
 from speckv.files import atomic_folder, cache_folder, check_writable, locked, sha256
@@ -46,7 +47,7 @@ def load_target(name_or_path: str = EMBEDDED, compression: str = "bf16", device=
 
     name_or_path is "smollm2" (the embedded model), a folder, or a Hugging Face name; compression is one of
     COMPRESSIONS, int8 and nf4 through bitsandbytes. The model comes in eval mode on `device` (the GPU where there is
-    one, else the CPU). Raises ModelError for an unknown compression, a missing package, or a model that does not load.
+    one, else the CPU), where on a CPU it attends through speckv's kernel. Raises ModelError for an unknown compression, a missing package, or a model that does not load.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -62,7 +63,25 @@ def load_target(name_or_path: str = EMBEDDED, compression: str = "bf16", device=
     if compression in DTYPES:
         model = model.to(device)
     model.speckv_compression = compression
+    attention.use(model)
     return model.eval(), tokenizer
+
+
+def faster_dtype(device: torch.device) -> str:
+    """"bf16" or "fp32": in which of them this device multiplies matrices faster; many CPUs have no bf16 of their own."""
+    if device.type != "cpu":
+        return "bf16"
+    seconds = {}
+    for name in ("fp32", "bf16"):
+        a = torch.ones(256, 1024, dtype=DTYPES[name])
+        b = torch.ones(1024, 1024, dtype=DTYPES[name])
+        runs = []
+        for _ in range(5):
+            started = time.perf_counter()
+            a @ b
+            runs.append(time.perf_counter() - started)
+        seconds[name] = min(runs)
+    return min(seconds, key=seconds.get)
 
 
 def check_compression(compression: str) -> None:

@@ -133,6 +133,14 @@ def random_linear(inputs, columns, rows, dtype=torch.float32, seed=0):
     return {"x": x, "weight": weight, "scale": scale}
 
 
+def random_attention(batch, heads, groups, tokens, positions, key_size, value_size, dtype=torch.float32, seed=0):
+    """Arguments of decode_attention."""
+    source = generator(seed)
+    query, key, value = (torch.randn(batch, *shape, generator=source).to(dtype) for shape in (
+        (heads, tokens, key_size), (groups, positions, key_size), (groups, positions, value_size)))
+    return {"query": query, "key": key, "value": value, "scale": key_size ** -0.5}
+
+
 def arguments(op, **values):
     """The arguments of an op in the order of its schema."""
     return [values[name] for name in inspect.signature(getattr(reference, op)).parameters]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers_ops import (
     arguments,
+    random_attention,
     random_chain,
     random_controller,
     random_linear,
@@ -22,6 +23,7 @@ SAMPLES = {
     "draft_step": {**DRAFT, **PLAN, "drafted": torch.tensor([0, 1, 2])},
     "verify_chain": random_chain((3, 2, 100)),
     "linear_int8": random_linear(3, 100, 7),
+    "decode_attention": random_attention(2, 4, 2, 3, 10, 8, 6),
 }
 
 

@@ -5,6 +5,7 @@ import torch
 from helpers_ops import (
     call,
     call_reference,
+    random_attention,
     random_chain,
     random_controller,
     random_linear,
@@ -23,6 +24,7 @@ GOOD = {
     "draft_step": {**DRAFT, **PLAN, "drafted": torch.zeros(3, dtype=torch.int64)},
     "verify_chain": random_chain((3, 2, 100), rows="sampled"),
     "linear_int8": random_linear(3, 100, 7),
+    "decode_attention": random_attention(2, 4, 2, 3, 10, 8, 6),
 }
 
 FLOAT64 = torch.float64
@@ -106,12 +108,31 @@ LINEAR_REFUSED = [
     ("scale", torch.ones(7, 1), "scale must have 1 dimensions, got 2"),
     ("scale", torch.ones(7, dtype=torch.bfloat16), "scale must be float32"),
 ]
+ATTENTION_REFUSED = [
+    ("query", torch.zeros(4, 3, 8), "query must have 4 dimensions, got 3"),
+    ("query", torch.zeros(2, 4, 3, 8, dtype=FLOAT64), "query must be float32, float16 or bfloat16"),
+    ("query", torch.zeros(2, 4, 3, 0), "query must have heads of at least 1"),
+    ("query", torch.zeros(2, 4, 8, 3).transpose(2, 3), "query must be contiguous in its last dimension"),
+    ("query", torch.zeros(3, 4, 3, 8), "key must have size 3 in dimension 0, got 2"),
+    ("query", torch.zeros(2, 4, 3, 7), "key must have size 7 in dimension 3, got 8"),
+    ("query", torch.zeros(2, 4, 3, 8, dtype=torch.float16), "query, key and value must have one dtype"),
+    ("query", torch.zeros(2, 5, 3, 8), "query must have a multiple of the 2 heads of key, got 5"),
+    ("query", torch.zeros(2, 4, 11, 8), "query has 11 tokens, key only 10"),
+    ("key", torch.zeros(2, 2, 8, 10).transpose(2, 3), "key must be contiguous in its last dimension"),
+    ("key", torch.zeros(2, 2, 9, 8), "value must have size 9 in dimension 2, got 10"),
+    ("value", torch.zeros(2, 1, 10, 6), "value must have size 2 in dimension 1, got 1"),
+    ("value", torch.zeros(2, 2, 10, 0), "value must have heads of at least 1"),
+    ("scale", 0.0, "scale must be finite and > 0"),
+    ("scale", float("nan"), "scale must be finite and > 0"),
+    ("scale", float("inf"), "scale must be finite and > 0"),
+]
 REFUSED = [
     *(("draft_sample", *case) for case in LOGITS_REFUSED),
     *(("plan_gamma", *case) for case in PLAN_REFUSED),
     *(("draft_step", *case) for case in LOGITS_REFUSED + PLAN_REFUSED + STEP_REFUSED),
     *(("verify_chain", *case) for case in CHAIN_REFUSED),
     *(("linear_int8", *case) for case in LINEAR_REFUSED),
+    *(("decode_attention", *case) for case in ATTENTION_REFUSED),
 ]
 
 
@@ -124,7 +145,8 @@ def message(function, op, values):
 
 def fake(values):
     mode = FakeTensorMode()
-    return mode, {name: mode.from_tensor(tensor) for name, tensor in values.items()}
+    return mode, {name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+                  for name, value in values.items()}
 
 
 @pytest.mark.parametrize("op, name, tensor, words", REFUSED, ids=[
@@ -142,6 +164,8 @@ def test_bad_shapes_and_dtypes_are_refused_in_one_voice(op, name, tensor, words)
 @pytest.mark.parametrize("op", GOOD)
 def test_tensors_on_two_devices_are_refused(op):
     for name, tensor in GOOD[op].items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
         assert message(call, op, {**GOOD[op], name: tensor.to("meta")}) == f"{op}: all inputs must be on one device"
 
 
