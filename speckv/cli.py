@@ -59,7 +59,7 @@ def generate(
     _set_threads(threads)
     chosen = parse_policy(policy)
     model, tokenizer = load_target(target, compression)
-    drafter = load_drafter(draft, model) if chosen.max_draft() > 0 else None
+    drafter = load_drafter(draft, model) if chosen.name != "off" else None
     prompt_ids = encode_prompt(tokenizer, sys.stdin.read() if prompt == "-" else prompt, raw).to(model.device)
     printer = None if as_json else TokenPrinter(tokenizer)
     output = decode(model, drafter, prompt_ids, max_new_tokens=max_new_tokens, policy=chosen, temperature=temperature,

@@ -9,9 +9,10 @@ from speckv.arguments import checked_gamma, checked_settings
 from speckv.cache import CachedModel, check_rollback
 from speckv.drafters import as_drafter
 from speckv.errors import NumericalError
-from speckv.kernels import draft_sample, verify_chain
-from speckv.policy import parse_policy
+from speckv.kernels import verify_chain
+from speckv.policy import open_policy, parse_policy
 from speckv.records import SpecOutput, StepRecord
+from speckv.signals import read_signals
 
 
 def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128, policy="fixed:4", temperature=0.0,
@@ -19,7 +20,8 @@ def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128
     """Decode with speculation: the target's own output, sooner.
 
     target is a causal language model of transformers, drafter a model that shares its tokenizer or a Drafter (None
-    will do where the policy never drafts). input_ids [1, n] i64; attention_mask [1, n] hides padding. At temperature 0
+    will do where the policy never drafts). policy is one of speckv.policy.POLICIES, or a Policy of your own, which may
+    be given to many calls and keep what it learns. input_ids [1, n] i64; attention_mask [1, n] hides padding. At temperature 0
     the output is that of greedy decoding, else a sample of softmax(logits / temperature); seed makes it repeatable.
     eos_token_id is an id, a list of ids, or None for what the target's generation_config says, of which nothing else
     is used. on_step(tokens, record) is called after every step with the new token ids.
@@ -30,17 +32,18 @@ def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128
     policy = parse_policy(policy)
     check_rollback(target, "target")
     drafter = as_drafter(drafter) if drafter is not None else None
-    settings = checked_settings(target, drafter, policy, input_ids, attention_mask, max_new_tokens, temperature, seed,
+    session = open_policy(policy, getattr(target, "speckv_compression", None))
+    settings = checked_settings(target, drafter, session, input_ids, attention_mask, max_new_tokens, temperature, seed,
                                 eos_token_id)
 
     started = time.perf_counter()
-    run = _Run(target, drafter, settings)
-    run.prefill(policy)
+    run = _Run(target, drafter, session, settings)
+    run.prefill()
     prefilled = time.perf_counter()
     steps = []
     while not run.finished:
         try:
-            tokens, record = run.step(policy)
+            tokens, record = run.step()
         except RuntimeError as error:
             raise _named(error, len(steps)) from error
         steps.append(record)
@@ -55,7 +58,7 @@ def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128
 class _Run:
     """One sequence being decoded; `ids[:, :length]` is what stands."""
 
-    def __init__(self, target, drafter, settings):
+    def __init__(self, target, drafter, policy, settings):
         device = target.device
         self.length = settings.prompt.shape[1]
         self.end = self.length + settings.max_new_tokens
@@ -65,6 +68,7 @@ class _Run:
         self._eos_ids = settings.eos_ids
         self._target = CachedModel(target)
         self._draft = drafter.open() if drafter is not None else None
+        self._policy = policy
         self._own_signals = getattr(self._draft, "signals", None)
         self._wants_hidden = drafter.wants_hidden if drafter is not None else ()
         self._temperature = torch.full((1,), settings.temperature, device=device)
@@ -72,14 +76,14 @@ class _Run:
         self._random.manual_seed(settings.seed) if settings.seed is not None else self._random.seed()
 
     @torch.inference_mode()
-    def prefill(self, policy):
+    def prefill(self):
         """Read the prompt but for its last token, which the first step feeds."""
         prompt = self.ids[:, :self.length - 1]
         if prompt.shape[1] == 0 or self.finished:
             return
         self._read(prompt, keep=1)
         self._target.rollback(self.length - 1)
-        if checked_gamma(policy, self._draft) > 0:
+        if checked_gamma(self._policy, self._draft) > 0:
             getattr(self._draft, "prefill", self._draft.next_logits)(prompt)
 
     def _read(self, ids, keep):
@@ -91,11 +95,11 @@ class _Run:
         return logits
 
     @torch.inference_mode()
-    def step(self, policy):
+    def step(self):
         """Draft, verify, commit; returns the new token ids and the step's record."""
         started = time.perf_counter()
         # The target adds a token of its own, so one less than what is missing is worth drafting.
-        gamma = min(checked_gamma(policy, self._draft), self.end - self.length - 1)
+        gamma = min(checked_gamma(self._policy, self._draft), self.end - self.length - 1)
         # Fresh numbers for every step: reusing those of a rejected draft would tie the policy's choices to them.
         uniform = torch.rand(1, 2 * gamma + 1, generator=self._random).to(self.ids.device, non_blocking=True)
         draft_tokens, draft_logits, signals = self._draft_tokens(gamma, uniform[:, gamma + 1:])
@@ -112,39 +116,33 @@ class _Run:
             raise NumericalError("verify_chain: row 0: the logits are not a distribution (NaN, +inf, or all -inf)")
         emitted, accepted = self._commit(emitted)
         verified = time.perf_counter()
-        return emitted, StepRecord(gamma, accepted, len(emitted), (drafted - started) * 1e3,
-                                   (verified - drafted) * 1e3, **signals)
+        record = StepRecord(gamma, accepted, len(emitted), (drafted - started) * 1e3, (verified - drafted) * 1e3,
+                            signals)
+        self._policy.record(record)
+        return emitted, record
 
     def _draft_tokens(self, gamma, uniform):
-        """Draw up to gamma tokens into ids; returns them [1, n], their logits [1, n, V], and the step's signals."""
-        tokens, logits, entropies, confidences, own_signals = [], [], [], [], {}
+        """Draw up to gamma tokens into ids; returns them [1, n], their logits [1, n, V], and their signals."""
+        tokens, logits, signals = [], [], []
         for i in range(gamma):
             row = self._draft.next_logits(self.ids[:, :self.length + i])
-            # The drafter says so before a token is drawn and from the tokens before it alone, and every token that
-            # was drawn is verified: none is dropped for what it is, so the output's distribution stays the target's.
+            # Drafter and policy end a draft by what is known before the token was drawn: its distribution and the
+            # tokens before it. Every token that was drawn is verified, none is dropped for what it is, so the output's
+            # distribution stays the target's.
             if row is None:
                 break
-            token, _, entropy, confidence = draft_sample(row, self._temperature, uniform[:, i])
+            own = self._own_signals() if self._own_signals is not None else None
+            token, signal, goes_on = self._policy.draft(row, self._temperature, uniform[:, i], i, own)
             # A GPU kernel reports bad logits as token -1, which no model may be fed; verify_chain sees it as padding.
             self.ids[:, self.length + i] = token.clamp(min=0)
             tokens.append(token)
             logits.append(row)
-            entropies.append(entropy)
-            confidences.append(confidence)
-            if self._own_signals is not None and (own := self._own_signals()) is not None:
-                own_signals[i] = own
+            signals.append(signal)
+            if not goes_on:
+                break
         if not tokens:
-            return self.ids[:, :0], None, {}
-        entropy, confidence = torch.stack([torch.cat(entropies), torch.cat(confidences)]).cpu()
-        if entropy.isnan().any():
-            raise NumericalError("draft_sample: row 0: the logits are not a distribution (NaN, +inf, or all -inf)")
-        for i, own in own_signals.items():
-            entropy[i], confidence[i] = own
-        # The mean of equal values in fp32 may come out below the least of them.
-        entropy, confidence = entropy.double(), confidence.double()
-        signals = {"mean_entropy": entropy.mean().item(), "mean_confidence": confidence.mean().item(),
-                   "max_entropy": entropy.max().item(), "min_confidence": confidence.min().item()}
-        return torch.stack(tokens, dim=1), torch.stack(logits, dim=1), signals
+            return self.ids[:, :0], None, ()
+        return torch.stack(tokens, dim=1), torch.stack(logits, dim=1), read_signals(signals)
 
     def _commit(self, emitted):
         """Keep the emitted tokens up to the first that ends the sequence; returns them and how many were drafted."""

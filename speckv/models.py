@@ -47,7 +47,8 @@ def load_target(name_or_path: str = EMBEDDED, compression: str = "bf16", device=
 
     name_or_path is "smollm2" (the embedded model), a folder, or a Hugging Face name; compression is one of
     COMPRESSIONS, int8 and nf4 through bitsandbytes. The model comes in eval mode on `device` (the GPU where there is
-    one, else the CPU), where on a CPU it attends through speckv's kernel. Raises ModelError for an unknown compression, a missing package, or a model that does not load.
+    one, else the CPU); on a CPU it attends through speckv's kernel. Raises ModelError for an unknown compression, a
+    missing package, or a model that does not load.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,7 +69,7 @@ def load_target(name_or_path: str = EMBEDDED, compression: str = "bf16", device=
 
 
 def faster_dtype(device: torch.device) -> str:
-    """"bf16" or "fp32": in which of them this device multiplies matrices faster; many CPUs have no bf16 of their own."""
+    """In which of "bf16" and "fp32" this device multiplies matrices faster: many CPUs have no bf16 of their own."""
     if device.type != "cpu":
         return "bf16"
     seconds = {}

@@ -4,15 +4,63 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from speckv.errors import InputError
+from speckv.kernels import draft_sample
+from speckv.records import StepRecord
+from speckv.signals import Signal, read_signals
 
 
 class Policy(Protocol):
-    """What the decoding loop asks; supply your own object with these members."""
+    """How to decide; supply your own object with these members. One object may serve many sequences."""
 
     name: str
 
+    def open(self, compression: str | None) -> "PolicySession":
+        """Start on a new sequence of a target held at this compression ("bf16", "int8", "nf4"; None if unknown)."""
+
+
+class PolicySession:
+    """A policy at work on one sequence: drafts as many tokens as max_draft says. Override what differs."""
+
+    name = "policy"
+
     def max_draft(self) -> int:
         """The most tokens the next step may draft; 0 is plain decoding."""
+        raise NotImplementedError
+
+    def draft(self, logits, temperature, uniform, drafted: int, own):
+        """Draw draft token number `drafted` (from 0) and say whether to draft another.
+
+        logits [1, V], temperature [1] f32 and uniform [1] f32 are those of draft_sample; own is (entropy, confidence)
+        where the drafter gives its own. Returns the token [1] i64, its Signal (numbers, or tensors [1] that nobody has
+        waited for yet) and whether to go on. The answer must not depend on the token: dropping, or stopping at, a
+        token for what it is would change the distribution of the text.
+        """
+        token, signal = sample(logits, temperature, uniform, own)
+        return token, signal, True
+
+    def record(self, step: StepRecord) -> None:
+        """The step is over; learn from it."""
+
+
+class StoppingSession(PolicySession):
+    """A session that looks at the signals of each draft token before it asks for another."""
+
+    def goes_on(self, drafted: int, signal: Signal) -> bool:
+        """Whether to draft another token after `drafted` of them, the last with this signal."""
+        raise NotImplementedError
+
+    def draft(self, logits, temperature, uniform, drafted, own):
+        token, signal = sample(logits, temperature, uniform, own)
+        (signal,) = read_signals([signal])
+        return token, signal, self.goes_on(drafted + 1, signal)
+
+
+def sample(logits, temperature, uniform, own):
+    """A draft token [1] and its Signal: of its distribution, or the drafter's own."""
+    token, _, entropy, confidence = draft_sample(logits, temperature, uniform)
+    if own is None:
+        return token, Signal(entropy, confidence)
+    return token, Signal(*own, is_estimate=True)
 
 
 @dataclass(frozen=True)
@@ -31,19 +79,37 @@ class Fixed:
     def name(self) -> str:
         return f"fixed:{self.gamma}" if self.gamma else "off"
 
-    def max_draft(self) -> int:
-        return self.gamma
+    def open(self, compression=None):
+        return _FixedSession(self)
+
+
+class _FixedSession(PolicySession):
+    def __init__(self, policy):
+        self.name = policy.name
+        self._gamma = policy.gamma
+
+    def max_draft(self):
+        return self._gamma
 
 
 POLICIES = "off, or fixed:N with N draft tokens a step"
 
 
+def open_policy(policy: Policy, compression: str | None = None) -> PolicySession:
+    """A session of a policy; raises InputError where it has none."""
+    session = policy.open(compression)
+    if not isinstance(session, PolicySession):
+        raise InputError(f"policy {policy.name!r} opens a {type(session).__name__}: it must be a "
+                         "speckv.policy.PolicySession")
+    return session
+
+
 def parse_policy(policy) -> Policy:
     """A policy from its name on the command line; a policy object is returned as it is. Raises InputError."""
-    if hasattr(policy, "max_draft"):
+    if hasattr(policy, "open") and hasattr(policy, "name"):
         return policy
     if not isinstance(policy, str):
-        raise InputError(f"policy is {policy!r}: give a name ({POLICIES}) or an object with max_draft()")
+        raise InputError(f"policy is {policy!r}: give a name ({POLICIES}) or an object with a name and open()")
     name, _, argument = policy.partition(":")
     if policy == "off":
         return Fixed(0)

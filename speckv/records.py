@@ -1,8 +1,11 @@
 """What a decode leaves behind: the sequences, one record a step, and totals."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
+
+from speckv.signals import Signal
 
 
 @dataclass(frozen=True)
@@ -10,8 +13,8 @@ class StepRecord:
     """One draft-and-verify step.
 
     gamma draft tokens were proposed and `accepted` of them kept, so the step emitted `tokens` (accepted + 1 unless the
-    sequence ended inside it). Entropies are in bits; the four signals are None where nothing was drafted, and estimates
-    from past success where a drafter gives its own (prompt lookup).
+    sequence ended inside it). signals holds a Signal for each draft token; the four of the paper are made of them, and
+    are None where nothing was drafted.
     """
 
     gamma: int
@@ -19,14 +22,32 @@ class StepRecord:
     tokens: int
     draft_ms: float
     verify_ms: float
-    mean_entropy: float | None = None
-    mean_confidence: float | None = None
-    max_entropy: float | None = None
-    min_confidence: float | None = None
+    signals: tuple[Signal, ...] = ()
 
     @property
     def acceptance_rate(self) -> float:
         return self.accepted / self.gamma if self.gamma else 0.0
+
+    @property
+    def mean_entropy(self) -> float | None:
+        return _mean([signal.entropy for signal in self.signals])
+
+    @property
+    def mean_confidence(self) -> float | None:
+        return _mean([signal.confidence for signal in self.signals])
+
+    @property
+    def max_entropy(self) -> float | None:
+        return max((signal.entropy for signal in self.signals), default=None)
+
+    @property
+    def min_confidence(self) -> float | None:
+        return min((signal.confidence for signal in self.signals), default=None)
+
+
+def _mean(values):
+    """Never below the least or above the largest of them, as a rounded quotient may be."""
+    return min(max(math.fsum(values) / len(values), min(values)), max(values)) if values else None
 
 
 @dataclass(frozen=True)

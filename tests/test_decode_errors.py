@@ -7,6 +7,7 @@ from tiny_models import COMMON, NARROW, prompt_ids, tiny_model
 
 import speckv
 from speckv import InputError, ModelError, NumericalError
+from speckv.policy import PolicySession
 
 
 class Untouchable(torch.nn.Module):
@@ -134,13 +135,16 @@ def test_nan_logits_of_the_drafter_are_named_with_their_step():
         speckv.generate(tiny_model(), drafter, prompt_ids(), max_new_tokens=20, policy="fixed:2")
 
 
-class Odd:
+class Odd(PolicySession):
     """A policy that answers something else from its second question on."""
 
     name = "odd"
 
     def __init__(self, *answers):
         self._answers = list(answers)
+
+    def open(self, compression):
+        return self
 
     def max_draft(self):
         return self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
