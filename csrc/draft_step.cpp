@@ -35,10 +35,10 @@ void update_signals(float* signals, int64_t drafted, float entropy, float confid
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> draft_step(
     const Tensor& logits, const Tensor& temperature, const Tensor& uniform, const Tensor& signals,
     const Tensor& drafted, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
-    const Tensor& gammas, const Tensor& seconds) {
+    const Tensor& gammas, const Tensor& seconds, double rate) {
     const char* op = "draft_step";
     check_draft_sample(op, logits, temperature, uniform);
-    check_plan_gamma(op, signals, w1, b1, w2, b2, gammas, seconds);
+    check_plan_gamma(op, signals, w1, b1, w2, b2, gammas, seconds, rate);
     const int64_t rows = logits.size(0);
     const int64_t features = signals.size(1);
     check_shape(op, "signals", signals, {rows, kAnySize});
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> draft_step(
     }
 
     const ControllerTensors tensors = as_contiguous(w1, b1, w2, b2, gammas, seconds);
-    const Controller controller = tensors.controller();
+    const Controller controller = tensors.controller(rate);
     Tensor gamma = empty_int64<1>({rows});
     thread_local std::vector<float> acceptance;
     acceptance.resize(rows * controller.candidates);

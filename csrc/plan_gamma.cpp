@@ -12,6 +12,8 @@
 
 namespace speckv {
 
+constexpr double kLargestRate = 1e30;  // as in kernels/checks.py
+
 int64_t plan_gamma_row(const Controller& controller, const float* signals, float* acceptance) {
     // What the signals contribute to each hidden unit is the same for every candidate.
     thread_local std::vector<float> from_signals;
@@ -25,7 +27,7 @@ int64_t plan_gamma_row(const Controller& controller, const float* signals, float
     const float* gamma_weights = controller.w1 + controller.features * controller.hidden;
 
     int64_t best = 0;
-    float best_rate = -std::numeric_limits<float>::infinity();
+    float best_score = -std::numeric_limits<float>::infinity();
     for (int64_t i = 0; i < controller.candidates; ++i) {
         const auto gamma = static_cast<float>(controller.gammas[i]);
         float output = *controller.b2;
@@ -34,9 +36,11 @@ int64_t plan_gamma_row(const Controller& controller, const float* signals, float
             output += (hidden < 0 ? 0.0f : hidden) * controller.w2[j];  // a NaN passes, as in torch.relu
         }
         acceptance[i] = output;
-        const float rate = (std::clamp(output, 0.0f, 1.0f) * gamma + 1.0f) / controller.seconds[i];
-        if (rate > best_rate) {
-            best_rate = rate;
+        const float tokens = std::clamp(output, 0.0f, 1.0f) * gamma + 1.0f;
+        const float seconds = controller.seconds[i];
+        const float score = controller.rate > 0 ? tokens - controller.rate * seconds : tokens / seconds;
+        if (score > best_score) {
+            best_score = score;
             best = i;
         }
     }
@@ -45,7 +49,7 @@ int64_t plan_gamma_row(const Controller& controller, const float* signals, float
 
 void check_plan_gamma(
     const char* op, const Tensor& signals, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
-    const Tensor& gammas, const Tensor& seconds) {
+    const Tensor& gammas, const Tensor& seconds, double rate) {
     check_shape(op, "signals", signals, {kAnySize, kAnySize});
     const int64_t features = signals.size(1);
     if (features < 5) {
@@ -71,12 +75,15 @@ void check_plan_gamma(
         refuse(op, "gammas must name at least one candidate");
     }
     check_shape(op, "seconds", seconds, {gammas.size(0)});
+    if (!(rate >= 0 && rate <= kLargestRate)) {
+        refuse(op, "rate must be finite and >= 0");
+    }
 }
 
-Controller ControllerTensors::controller() const {
+Controller ControllerTensors::controller(double rate) const {
     return {
         data<float>(w1), data<float>(b1), data<float>(w2), data<float>(b2), data<int64_t>(gammas), data<float>(seconds),
-        w1.size(0) - 1,  w1.size(1),      gammas.size(0),
+        w1.size(0) - 1,  w1.size(1),      gammas.size(0),  static_cast<float>(rate),
     };
 }
 
@@ -111,10 +118,10 @@ namespace {
 
 std::tuple<Tensor, Tensor> plan_gamma(
     const Tensor& signals, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& gammas,
-    const Tensor& seconds) {
-    check_plan_gamma("plan_gamma", signals, w1, b1, w2, b2, gammas, seconds);
+    const Tensor& seconds, double rate) {
+    check_plan_gamma("plan_gamma", signals, w1, b1, w2, b2, gammas, seconds, rate);
     const ControllerTensors tensors = as_contiguous(w1, b1, w2, b2, gammas, seconds);
-    const Controller controller = tensors.controller();
+    const Controller controller = tensors.controller(rate);
     const Tensor rows_of_signals = as_contiguous(signals);
     const int64_t rows = signals.size(0);
     Tensor gamma = empty_int64<1>({rows});

@@ -19,21 +19,21 @@ struct Controller {
     int64_t features;
     int64_t hidden;
     int64_t candidates;
+    float rate;  // tokens per second; 0 for the candidate with the most tokens per second of its own
 };
 
-// acceptance [candidates] receives the MLP's outputs. Returns the candidate with the most tokens per second, the first
-// of equals; has no meaning where an acceptance is not finite.
+// acceptance [candidates] receives the MLP's outputs. Returns the best candidate, the first of equals; has no meaning where an acceptance is not finite.
 int64_t plan_gamma_row(const Controller& controller, const float* signals, float* acceptance);
 
 void check_plan_gamma(
     const char* op, const Tensor& signals, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
-    const Tensor& gammas, const Tensor& seconds);
+    const Tensor& gammas, const Tensor& seconds, double rate);
 
 // The controller's tensors made contiguous; keeps them alive while their pointers are used.
 struct ControllerTensors {
     Tensor w1, b1, w2, b2, gammas, seconds;
 
-    Controller controller() const;
+    Controller controller(double rate) const;
 };
 ControllerTensors as_contiguous(
     const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& gammas,

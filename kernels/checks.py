@@ -8,6 +8,7 @@ returns token or gamma -1 in a row where these would raise.
 import torch
 
 LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_RATE = 1e30  # tokens per second; as fp32 it is finite
 
 
 def _shape(op, name, tensor, *expected):
@@ -55,7 +56,7 @@ def draft_sample(logits, temperature, uniform, op="draft_sample"):
     _device(op, logits, temperature, uniform)
 
 
-def plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, op="plan_gamma"):
+def plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate=0.0, op="plan_gamma"):
     _shape(op, "signals", signals, None, None)
     torch._check(signals.shape[1] >= 5, lambda: f"{op}: signals must have at least 5 columns, got {signals.shape[1]}")
     _shape(op, "w1", w1, signals.shape[1] + 1, None)
@@ -69,13 +70,14 @@ def plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, op="plan_gamma"):
     _dtype(op, "gammas", gammas, torch.int64, "int64")
     torch._check(gammas.shape[0] >= 1, lambda: f"{op}: gammas must name at least one candidate")
     _shape(op, "seconds", seconds, gammas.shape[0])
+    torch._check(0 <= rate <= LARGEST_RATE, lambda: f"{op}: rate must be finite and >= 0")
     _device(op, signals, w1, b1, w2, b2, gammas, seconds)
 
 
-def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds):
+def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate=0.0):
     op = "draft_step"
     draft_sample(logits, temperature, uniform, op)
-    plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, op)
+    plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate, op)
     _shape(op, "signals", signals, logits.shape[0], None)
     _shape(op, "drafted", drafted, logits.shape[0])
     _dtype(op, "drafted", drafted, torch.int64, "int64")

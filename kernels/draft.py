@@ -119,6 +119,7 @@ def best_gamma(
     b2_ptr,  # [1]
     gammas_ptr,  # [G]
     seconds_ptr,  # [G]
+    rate,  # tokens per second, or 0
     num_signals,
     num_hidden,
     num_candidates,
@@ -152,8 +153,9 @@ def best_gamma(
 
     expected_tokens = tl.minimum(tl.maximum(acceptance, 0.0), 1.0) * gammas.to(tl.float32) + 1
     usable_candidate = is_finite(acceptance) & is_finite(seconds) & (seconds > 0)
-    rate = tl.where(usable_candidate & is_candidate, tl.div_rn(expected_tokens, seconds), float("-inf"))
-    best = tl.argmax(rate, axis=0)
+    score = tl.where(rate > 0, expected_tokens - rate * seconds, tl.div_rn(expected_tokens, seconds))
+    score = tl.where(usable_candidate & is_candidate, score, float("-inf"))
+    best = tl.argmax(score, axis=0)
     gamma = tl.sum(tl.where(candidate == best, gammas, 0), axis=0)
     return tl.where(all_true(usable_candidate | ~is_candidate), gamma, -1), acceptance
 
@@ -195,6 +197,7 @@ def plan_gamma_kernel(
     b2_ptr,  # [1]
     gammas_ptr,  # [G]
     seconds_ptr,  # [G]
+    rate,  # tokens per second, or 0
     gamma_ptr,  # [B]
     acceptance_ptr,  # [B, G]
     signals_stride_row,
@@ -212,7 +215,7 @@ def plan_gamma_kernel(
         signals_ptr + row * signals_stride_row + column * signals_stride_column, mask=column < num_signals, other=0.0
     )
     gamma, acceptance = best_gamma(
-        signals, w1_ptr, b1_ptr, w2_ptr, b2_ptr, gammas_ptr, seconds_ptr,
+        signals, w1_ptr, b1_ptr, w2_ptr, b2_ptr, gammas_ptr, seconds_ptr, rate,
         num_signals, num_hidden, num_candidates, BLOCK_F, BLOCK_H, BLOCK_G,
     )  # fmt: skip
     candidate = tl.arange(0, BLOCK_G)
@@ -233,6 +236,7 @@ def draft_step_kernel(
     b2_ptr,  # [1]
     gammas_ptr,  # [G]
     seconds_ptr,  # [G]
+    rate,  # tokens per second, or 0
     token_ptr,  # [B]
     prob_ptr,  # [B]
     entropy_ptr,  # [B]
@@ -273,7 +277,7 @@ def draft_step_kernel(
     drafted = tl.load(drafted_ptr + row * drafted_stride_row)
     signals = update_signals(signals, drafted, entropy, confidence, BLOCK_F)
     gamma, _ = best_gamma(
-        signals, w1_ptr, b1_ptr, w2_ptr, b2_ptr, gammas_ptr, seconds_ptr,
+        signals, w1_ptr, b1_ptr, w2_ptr, b2_ptr, gammas_ptr, seconds_ptr, rate,
         num_signals, num_hidden, num_candidates, BLOCK_F, BLOCK_H, BLOCK_G,
     )  # fmt: skip
     gamma = tl.where((token >= 0) & (drafted >= 0), gamma, -1)
@@ -318,22 +322,22 @@ def draft_sample(logits, temperature, uniform):
     return outputs
 
 
-def plan_gamma(signals, w1, b1, w2, b2, gammas, seconds):
-    checks.plan_gamma(signals, w1, b1, w2, b2, gammas, seconds)
+def plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate=0.0):
+    checks.plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate)
     rows = signals.shape[0]
     gamma = gammas.new_empty(rows)
     acceptance = signals.new_empty(rows, gammas.shape[0])
     with torch.cuda.device_of(signals):
         plan_gamma_kernel[(rows,)](
-            signals, *contiguous(w1, b1, w2, b2, gammas, seconds), gamma, acceptance,
+            signals, *contiguous(w1, b1, w2, b2, gammas, seconds), float(rate), gamma, acceptance,
             signals.stride(0), signals.stride(1),
             **controller_sizes(signals, w1, gammas), num_warps=1, **ROUNDED_PRODUCTS,
         )  # fmt: skip
     return gamma, acceptance
 
 
-def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds):
-    checks.draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds)
+def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate=0.0):
+    checks.draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate)
     rows, vocabulary = logits.shape
     token, prob, entropy, confidence = new_tokens(logits)
     updated_signals = signals.new_empty(signals.shape)
@@ -341,7 +345,7 @@ def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, g
     with torch.cuda.device_of(logits):
         draft_step_kernel[(rows,)](
             logits, temperature, uniform, signals, drafted, *contiguous(w1, b1, w2, b2, gammas, seconds),
-            token, prob, entropy, confidence, updated_signals, gamma,
+            float(rate), token, prob, entropy, confidence, updated_signals, gamma,
             logits.stride(0), temperature.stride(0), uniform.stride(0),
             signals.stride(0), signals.stride(1), drafted.stride(0),
             vocabulary, **controller_sizes(signals, w1, gammas), **launch_options(vocabulary),

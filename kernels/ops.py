@@ -17,10 +17,12 @@ from speckv.kernels import checks, reference
 SCHEMAS = {
     "draft_sample": "(Tensor logits, Tensor temperature, Tensor uniform)"
                     " -> (Tensor token, Tensor prob, Tensor entropy, Tensor confidence)",
-    "plan_gamma": "(Tensor signals, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor gammas, Tensor seconds)"
+    "plan_gamma": "(Tensor signals, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor gammas, Tensor seconds,"
+                  " float rate=0.0)"
                   " -> (Tensor gamma, Tensor acceptance)",
     "draft_step": "(Tensor logits, Tensor temperature, Tensor uniform, Tensor signals, Tensor drafted,"
-                  " Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor gammas, Tensor seconds)"
+                  " Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor gammas, Tensor seconds,"
+                  " float rate=0.0)"
                   " -> (Tensor token, Tensor prob, Tensor entropy, Tensor confidence, Tensor signals, Tensor gamma)",
     "verify_chain": "(Tensor target_logits, Tensor draft_logits, Tensor draft_tokens, Tensor num_draft,"
                     " Tensor temperature, Tensor uniform) -> (Tensor tokens, Tensor accepted)",
@@ -45,13 +47,13 @@ def _draft_sample_shapes(logits, temperature, uniform):
     return _token_shapes(logits)
 
 
-def _plan_gamma_shapes(signals, w1, b1, w2, b2, gammas, seconds):
-    checks.plan_gamma(signals, w1, b1, w2, b2, gammas, seconds)
+def _plan_gamma_shapes(signals, w1, b1, w2, b2, gammas, seconds, rate=0.0):
+    checks.plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate)
     return gammas.new_empty(signals.shape[0]), signals.new_empty(signals.shape[0], gammas.shape[0])
 
 
-def _draft_step_shapes(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds):
-    checks.draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds)
+def _draft_step_shapes(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate=0.0):
+    checks.draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate)
     return (*_token_shapes(logits), signals.new_empty(signals.shape), gammas.new_empty(signals.shape[0]))
 
 
@@ -180,13 +182,13 @@ def draft_sample(logits, temperature, uniform):
     return torch.ops.speckv.draft_sample(logits, temperature, uniform)
 
 
-def plan_gamma(signals, w1, b1, w2, b2, gammas, seconds):
-    return torch.ops.speckv.plan_gamma(signals, w1, b1, w2, b2, gammas, seconds)
+def plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate=0.0):
+    return torch.ops.speckv.plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate)
 
 
-def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds):
+def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate=0.0):
     return torch.ops.speckv.draft_step(
-        logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds)
+        logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate)
 
 
 def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform):

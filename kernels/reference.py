@@ -73,20 +73,23 @@ def _draft_sample(op, logits, temperature, uniform):
     return token, prob, entropy, confidence
 
 
-def plan_gamma(signals, w1, b1, w2, b2, gammas, seconds):
+def plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate=0.0):
     """Choose a speculation length a row: the candidate with the most predicted tokens per second.
 
     signals [B, F] f32 with F >= 5, the first five being PAPER_SIGNALS; the controller is the paper's MLP,
     w1 [F+1, H], b1 [H], w2 [H, 1], b2 [1] f32, whose last input is the candidate gamma; gammas [G] i64;
     seconds [G] f32 > 0, what a step with that gamma costs (all ones is the paper's rule).
-    Returns gamma [B] i64, the first argmax of (clip(acceptance, 0, 1) * gamma + 1) / seconds, and acceptance
-    [B, G] f32 as the MLP gave it. Raises RuntimeError where acceptance is not finite.
+    Returns gamma [B] i64, the first argmax of tokens / seconds where tokens = clip(acceptance, 0, 1) * gamma + 1, and
+    acceptance [B, G] f32 as the MLP gave it. With rate > 0, the tokens per second that a run achieves, gamma is the
+    first argmax of tokens - rate * seconds instead: what a step gains over spending its time at that rate, which is the
+    choice that makes the run fastest (renewal-reward; Dinkelbach, 1967). Raises RuntimeError where acceptance is not
+    finite.
     """
-    checks.plan_gamma(signals, w1, b1, w2, b2, gammas, seconds)
-    return _plan_gamma("plan_gamma", signals, w1, b1, w2, b2, gammas, seconds)
+    checks.plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate)
+    return _plan_gamma("plan_gamma", signals, w1, b1, w2, b2, gammas, seconds, rate)
 
 
-def _plan_gamma(op, signals, w1, b1, w2, b2, gammas, seconds):
+def _plan_gamma(op, signals, w1, b1, w2, b2, gammas, seconds, rate):
     checks.seconds_values(op, seconds)
 
     rows, candidates = signals.shape[0], gammas.shape[0]
@@ -98,8 +101,9 @@ def _plan_gamma(op, signals, w1, b1, w2, b2, gammas, seconds):
     acceptance = (hidden @ w2 + b2).squeeze(-1)
     checks.acceptance_values(op, acceptance)
 
-    tokens_per_second = (acceptance.clamp(0, 1) * gammas + 1) / seconds
-    return gammas[tokens_per_second.argmax(dim=-1)], acceptance
+    tokens = acceptance.clamp(0, 1) * gammas + 1
+    score = tokens - rate * seconds if rate > 0 else tokens / seconds
+    return gammas[score.argmax(dim=-1)], acceptance
 
 
 def update_signals(signals, drafted, entropy, confidence):
@@ -114,17 +118,17 @@ def update_signals(signals, drafted, entropy, confidence):
     return updated
 
 
-def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds):
+def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate=0.0):
     """The draft side of a step: draft_sample, the signals brought up to date, plan_gamma; inputs as for those.
 
     drafted [B] i64 >= 0 counts the draft tokens already in signals [B, F] f32; at 0 the old values are not read.
     Returns token, prob, entropy, confidence, signals, gamma. The decoding loop drafts on while gamma > drafted + 1.
     """
-    checks.draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds)
+    checks.draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate)
     checks.drafted_values("draft_step", drafted)
     token, prob, entropy, confidence = _draft_sample("draft_step", logits, temperature, uniform)
     signals = update_signals(signals, drafted, entropy, confidence)
-    gamma, _ = _plan_gamma("draft_step", signals, w1, b1, w2, b2, gammas, seconds)
+    gamma, _ = _plan_gamma("draft_step", signals, w1, b1, w2, b2, gammas, seconds, rate)
     return token, prob, entropy, confidence, signals, gamma
 
 

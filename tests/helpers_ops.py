@@ -142,8 +142,9 @@ def random_attention(batch, heads, groups, tokens, positions, key_size, value_si
 
 
 def arguments(op, **values):
-    """The arguments of an op in the order of its schema."""
-    return [values[name] for name in inspect.signature(getattr(reference, op)).parameters]
+    """The arguments of an op in the order of its schema; one that has a default may be left out."""
+    return [values[name] if parameter.default is parameter.empty else values.get(name, parameter.default)
+            for name, parameter in inspect.signature(getattr(reference, op)).parameters.items()]
 
 
 def call(op, values):

@@ -16,7 +16,7 @@ from helpers_ops import (
 W1, B1, W2, B2 = random_controller(5)
 DRAFT = {"logits": random_logits(3, 100), "temperature": torch.tensor([0.0, 0.8, 1.0]), "uniform": random_uniform(3)}
 PLAN = {"signals": random_signals(3), "w1": W1, "b1": B1, "w2": W2, "b2": B2, "gammas": torch.tensor([2, 4, 6]),
-        "seconds": torch.tensor([1.0, 1.5, 2.0])}
+        "seconds": torch.tensor([1.0, 1.5, 2.0]), "rate": 1.5}
 SAMPLES = {
     "draft_sample": DRAFT,
     "plan_gamma": PLAN,

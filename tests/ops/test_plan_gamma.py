@@ -40,9 +40,11 @@ def assert_agrees(values):
     acceptance64 = (torch.relu(features @ values["w1"].double() + values["b1"].double())
                     @ values["w2"].double() + values["b2"].double()).squeeze(-1)
     assert_close(acceptance, acceptance64.float(), torch.float32)
-    score = (acceptance64.clamp(0, 1) * gammas + 1) / seconds.double()
-    ordered = torch.nn.functional.pad(score, (1, 0)).sort(dim=-1).values  # with one candidate, nothing comes close
-    certain = ordered[:, -1] - ordered[:, -2] > BOUNDARY * ordered[:, -1]
+    tokens, rate = acceptance64.clamp(0, 1) * gammas + 1, values.get("rate", 0.0)
+    score = tokens - rate * seconds.double() if rate else tokens / seconds.double()
+    ordered = torch.nn.functional.pad(score, (1, 0), value=-torch.inf).sort(dim=-1).values  # one has no rival
+    rounded = (tokens + rate * seconds.double()).amax(dim=-1) if rate else ordered[:, -1]
+    certain = ordered[:, -1] - ordered[:, -2] > BOUNDARY * rounded
     assert (~certain).float().mean() <= RARELY
     assert torch.equal(gamma[certain], expected_gamma[certain])
     assert torch.equal(gamma[certain], gammas[score.argmax(dim=-1)][certain])
@@ -61,7 +63,9 @@ def test_agrees_with_the_reference_on_poisoned_views(rows, features, hidden, can
     skip_in_the_interpreter(rows > 99, "989 rows")
     gammas = torch.arange(candidates)
     values = plan_values(rows, features, hidden, gammas, seconds=0.02 + 0.0037 * gammas, seed=rows)
-    assert_agrees({name: poisoned(tensor) for name, tensor in values.items()})
+    values = {name: poisoned(tensor) for name, tensor in values.items()}
+    assert_agrees(values)
+    assert_agrees({**values, "rate": 55.0})
 
 
 def test_reads_transposed_and_strided_inputs_as_they_look():
@@ -82,6 +86,24 @@ def test_hand_written_numbers():
     # Where drafting costs as much as half of a pass, fewer tokens are more tokens per second: 1.2, 1.13, 1.0, 0.84.
     gamma, _ = plan_gamma(signals, *controller, GAMMAS, torch.tensor([2.0, 3.0, 4.0, 5.0]))
     assert gamma.tolist() == [2]
+
+
+def test_with_a_rate_a_step_is_weighed_against_what_its_time_is_worth_elsewhere():
+    # 1.4, 2.4, 3.0, 3.2 more tokens than none, for 1, 2, 3, 4 more seconds than the 2 that none takes.
+    signals = torch.tensor([[1.0, 0.8, 2.0, 0.5, 0.0]])
+    controller = hand_controller([0.0, 1.0, 0.0, 0.0, 0.0], per_gamma=-0.05)
+    arguments = (signals, *controller, torch.tensor([0, 2, 4, 6, 8]), torch.tensor([2.0, 3.0, 4.0, 5.0, 6.0]))
+    # By its own rate the step would draft 4: 0.5, 0.8, 0.85, 0.8, 0.7. A slow run should draft longer, a fast one less.
+    chosen = [plan_gamma(*arguments, rate)[0].item() for rate in (0.0, 0.1, 0.5, 0.8, 1.1, 1.5)]
+    assert chosen == [4, 8, 6, 4, 2, 0]
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), 1e39])
+def test_a_rate_that_is_negative_or_not_finite_is_refused(value):
+    values = {**plan_values(3), "rate": value}
+    for function in (call, call_reference):
+        with pytest.raises(RuntimeError, match="plan_gamma: rate must be finite and >= 0"):
+            function("plan_gamma", values)
 
 
 def test_acceptance_is_given_raw_and_clipped_only_to_compare():
