@@ -178,3 +178,8 @@ def _read_released(file):
     if any(array.dtype.kind != "f" for array in arrays.values()):
         raise ModelError("holds arrays that are not floating point")
     return from_arrays(*(arrays[name] for name in RELEASED_NAMES))
+
+
+def shipped_controller(name: str = "adaptive") -> Controller:
+    """A controller that comes with the package: "adaptive", or "paper" for the paper's rule on our own records."""
+    return load_controller(Path(__file__).parent / "weights" / "controllers" / f"{name}.safetensors")

@@ -10,7 +10,8 @@ from speckv.cache import CachedModel, check_rollback
 from speckv.drafters import as_drafter
 from speckv.errors import NumericalError
 from speckv.kernels import verify_chain
-from speckv.policy import open_policy, parse_policy
+from speckv.policies import parse_policy
+from speckv.policy import open_policy
 from speckv.records import SpecOutput, StepRecord
 from speckv.signals import read_signals
 
@@ -104,6 +105,7 @@ class _Run:
         uniform = torch.rand(1, 2 * gamma + 1, generator=self._random).to(self.ids.device, non_blocking=True)
         draft_tokens, draft_logits, signals = self._draft_tokens(gamma, uniform[:, gamma + 1:])
         gamma = draft_tokens.shape[1]
+        promise = self._policy.promise(gamma) if gamma else None
         drafted = time.perf_counter()
 
         target_logits = self._read(self.ids[:, :self.length + gamma], keep=gamma + 1)
@@ -117,7 +119,7 @@ class _Run:
         emitted, accepted = self._commit(emitted)
         verified = time.perf_counter()
         record = StepRecord(gamma, accepted, len(emitted), (drafted - started) * 1e3, (verified - drafted) * 1e3,
-                            signals)
+                            signals, promise)
         self._policy.record(record)
         return emitted, record
 

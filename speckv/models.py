@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 
 from speckv import attention, drafter_folder, head, pruned
 from speckv.cache import vocabulary_size
+from speckv.compression import COMPRESSIONS
 from speckv.errors import ModelError
 from speckv.files import atomic_folder, cache_folder, check_writable, locked, sha256
 from speckv.kernels import serving
 from speckv.lookup import LookupDrafter, LookupFirst
 
-COMPRESSIONS = ("bf16", "fp16", "fp32", "int8", "nf4")
 # What a missing, truncated or ill-fitting checkpoint makes transformers raise.
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -35,11 +35,6 @@ CONVERTED_VERSION = 1  # raise when the conversion below changes, so that old co
 def default_device() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def compression_level(compression: str) -> int:
-    """The paper's number for a compression: 0 for 16 bits and more, 1 for int8, 2 for nf4 (arXiv 2605.02888)."""
-    return {"int8": 1, "nf4": 2}.get(compression, 0)
 
 
 def load_target(name_or_path: str = EMBEDDED, compression: str = "bf16", device=None):

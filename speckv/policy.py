@@ -38,6 +38,10 @@ class PolicySession:
         token, signal = sample(logits, temperature, uniform, own)
         return token, signal, True
 
+    def promise(self, gamma: int) -> float | None:
+        """How many of the draft just made, of gamma tokens, the policy expects to be accepted; None if it does not say.
+        """
+
     def record(self, step: StepRecord) -> None:
         """The step is over; learn from it."""
 
@@ -92,9 +96,6 @@ class _FixedSession(PolicySession):
         return self._gamma
 
 
-POLICIES = "off, or fixed:N with N draft tokens a step"
-
-
 def open_policy(policy: Policy, compression: str | None = None) -> PolicySession:
     """A session of a policy; raises InputError where it has none."""
     session = policy.open(compression)
@@ -102,21 +103,3 @@ def open_policy(policy: Policy, compression: str | None = None) -> PolicySession
         raise InputError(f"policy {policy.name!r} opens a {type(session).__name__}: it must be a "
                          "speckv.policy.PolicySession")
     return session
-
-
-def parse_policy(policy) -> Policy:
-    """A policy from its name on the command line; a policy object is returned as it is. Raises InputError."""
-    if hasattr(policy, "open") and hasattr(policy, "name"):
-        return policy
-    if not isinstance(policy, str):
-        raise InputError(f"policy is {policy!r}: give a name ({POLICIES}) or an object with a name and open()")
-    name, _, argument = policy.partition(":")
-    if policy == "off":
-        return Fixed(0)
-    if name == "fixed":
-        try:
-            return Fixed(int(argument))
-        except ValueError as error:
-            if isinstance(error, InputError):
-                raise
-    raise InputError(f"unknown policy {policy!r}: choose {POLICIES}")

@@ -23,6 +23,7 @@ class StepRecord:
     draft_ms: float
     verify_ms: float
     signals: tuple[Signal, ...] = ()
+    predicted: float | None = None  # how many of the draft the policy expected to be accepted, where it says
 
     @property
     def acceptance_rate(self) -> float:

@@ -1,0 +1,92 @@
+"""What a draft token and a pass of the target cost here: measured on the run itself, so that no machine, compression or
+context length has to be known in advance."""
+
+import math
+
+MOST_POSITIONS = 32     # passes over more are counted as this many
+NEWEST_SHARE = 0.05     # of a new measurement, once there are many: what is 20 steps old counts a third
+LARGEST_JUMP = 1.5      # a measurement counts as at most so many times the estimate: another process was busy
+TRUSTED = 20            # measurements after which more of them make an estimate no better
+LINE_TRIALS = 4         # what the line through all lengths is worth where one length was seldom measured
+USUAL_GROWTH = 0.03     # of a pass by one more position, before it is measured: memory-bound passes are nearly flat
+GROWTH_TRIALS = 10.0
+USUAL_DRAFT_SHARE = 0.1  # of a plain pass, what a model's draft token takes before it is measured
+
+
+class _Estimate:
+    """A running mean that outliers move little and old values hardly at all."""
+
+    def __init__(self):
+        self.value = math.nan
+        self.count = 0
+
+    def add(self, value):
+        if self.count:
+            value = min(max(value, self.value / LARGEST_JUMP), self.value * LARGEST_JUMP)
+            self.value += max(1 / (self.count + 1), NEWEST_SHARE) * (value - self.value)
+        else:
+            self.value = value
+        self.count += 1
+
+
+class StepCosts:
+    """Milliseconds of drafting and verifying, learned from StepRecords.
+
+    Where nothing was measured yet it answers with what is usual, in units of the first pass; so the first few steps of
+    a run decide with rough costs.
+    """
+
+    def __init__(self):
+        self._verify = {}         # positions: _Estimate
+        self._draft = {False: _Estimate(), True: _Estimate()}  # a token, by Signal.is_estimate
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no pass was measured yet."""
+        return not self._verify
+
+    def record(self, step) -> None:
+        """Learn from a StepRecord."""
+        self._verify.setdefault(min(step.gamma + 1, MOST_POSITIONS), _Estimate()).add(step.verify_ms)
+        copied = sum(signal.is_estimate for signal in step.signals)
+        modelled = step.gamma - copied
+        if modelled:
+            rest = step.draft_ms - copied * self.draft_ms(True)
+            self._draft[False].add(max(rest, 0.0) / modelled)
+        elif copied:
+            self._draft[True].add(step.draft_ms / copied)
+
+    def draft_ms(self, is_estimate: bool) -> float:
+        """Of one draft token, of a model or (is_estimate) copied from the text."""
+        estimate = self._draft[is_estimate]
+        if estimate.count:
+            return estimate.value
+        return 0.0 if is_estimate else USUAL_DRAFT_SHARE * self.verify_ms(1)
+
+    def verify_ms(self, positions: int) -> float:
+        """Of a pass of the target over so many positions, gamma + 1."""
+        if self.is_empty:
+            return 1.0
+        positions = min(positions, MOST_POSITIONS)
+        height, slope, center = self._line()
+        line = max(height + slope * (positions - center), 0.1 * height)
+        own = self._verify.get(positions)
+        if own is None:
+            return line
+        trials = min(own.count, TRUSTED)
+        return (trials * own.value + LINE_TRIALS * line) / (trials + LINE_TRIALS)
+
+    def step_ms(self, gamma: int, is_estimate: bool = False) -> float:
+        """Of a whole step with gamma draft tokens of one kind."""
+        return gamma * self.draft_ms(is_estimate) + self.verify_ms(gamma + 1)
+
+    def _line(self):
+        """Height, slope and center of the straight line through all measured passes, its slope held to what is usual
+        until lengths far apart have been measured."""
+        weights = {n: min(estimate.count, TRUSTED) for n, estimate in self._verify.items()}
+        total = sum(weights.values())
+        center = sum(weight * n for n, weight in weights.items()) / total
+        height = sum(weight * self._verify[n].value for n, weight in weights.items()) / total
+        spread = sum(weight * (n - center) ** 2 for n, weight in weights.items())
+        rise = sum(weight * (n - center) * (self._verify[n].value - height) for n, weight in weights.items())
+        return height, (rise + GROWTH_TRIALS * USUAL_GROWTH * height) / (spread + GROWTH_TRIALS), center

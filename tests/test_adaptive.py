@@ -1,0 +1,266 @@
+"""The adaptive policy and what it rests on: measured costs, the rate of the run, bounds on a wrong controller."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import noisy_copy, prompt_ids, tiny_model
+
+import speckv
+from speckv import ModelError
+from speckv.adaptive import FIRST_PAUSE, LEAST_CAP, MOST_SCALE, Adaptive
+from speckv.controller import from_arrays
+from speckv.controller_fit import examples, fit, fit_and_judge, predict, select
+from speckv.cost import StepCosts
+from speckv.draft_state import LONGEST_COUNTED, SIGNALS
+from speckv.kernels import draft_step
+from speckv.records import StepRecord
+from speckv.signals import Signal
+
+VOCABULARY = 50
+FIT_STEPS = 800
+
+
+def step(gamma, accepted, draft_ms, verify_ms, confidence=0.5, is_estimate=False):
+    signals = tuple(Signal(1.0, confidence, is_estimate) for _ in range(gamma))
+    return StepRecord(gamma, accepted, accepted + 1, draft_ms, verify_ms, signals)
+
+
+def constant_controller(acceptance):
+    """Promises this acceptance rate whatever it sees."""
+    inputs = len(SIGNALS) + 1
+    return from_arrays(torch.zeros(inputs, 2).numpy(), [0.0, 0.0], [[0.0], [0.0]], [acceptance])
+
+
+class World:
+    """A loop without models: tokens of equal confidence, a price list, and drafts of which `stands` tokens stand."""
+
+    def __init__(self, policy, draft_ms=2.0, verify_ms=lambda n: 40.0 + n, stands=lambda number: 2, compression=None):
+        self.session = policy.open(compression)
+        self.draft_ms, self.verify_ms, self.stands = draft_ms, verify_ms, stands
+        self.logits = torch.zeros(1, VOCABULARY)
+        self.logits[0, 3] = 4.0
+
+    def run(self, steps):
+        """The gammas chosen, and tokens over milliseconds."""
+        gammas, tokens, total = [], 0, 0.0
+        for number in range(steps):
+            gamma, most = 0, self.session.max_draft()
+            while gamma < most:
+                _, signal, goes_on = self.session.draft(self.logits, torch.ones(1), torch.zeros(1), gamma, None)
+                gamma += 1
+                if not goes_on:
+                    break
+            if gamma:
+                self.session.promise(gamma)
+            accepted = min(gamma, self.stands(number))
+            signals = (signal,) * gamma if gamma else ()
+            record = StepRecord(gamma, accepted, accepted + 1, gamma * self.draft_ms, self.verify_ms(gamma + 1),
+                                signals)
+            self.session.record(record)
+            gammas.append(gamma)
+            tokens, total = tokens + record.tokens, total + record.draft_ms + record.verify_ms
+        return gammas, tokens / total
+
+
+# -- costs
+
+
+def test_costs_are_usual_before_and_measured_after():
+    costs = StepCosts()
+    assert costs.is_empty and costs.verify_ms(1) == 1.0 and costs.draft_ms(False) == pytest.approx(0.1)
+    for _ in range(30):
+        costs.record(step(0, 0, 0.0, 40.0))
+        costs.record(step(4, 2, 12.0, 48.0))
+    assert costs.verify_ms(1) == pytest.approx(40, rel=0.02) and costs.verify_ms(5) == pytest.approx(48, rel=0.02)
+    assert costs.verify_ms(3) == pytest.approx(44, rel=0.02)  # between them, though never measured
+    assert costs.draft_ms(False) == pytest.approx(3) and costs.draft_ms(True) == 0
+    assert costs.step_ms(4) == pytest.approx(60, rel=0.02)
+
+
+def test_a_draft_of_both_kinds_is_split_between_them():
+    costs = StepCosts()
+    costs.record(step(4, 4, 0.8, 40.0, is_estimate=True))
+    mixed = StepRecord(3, 0, 1, 5.2, 40.0, (Signal(1, 0.9, True), Signal(1, 0.5), Signal(1, 0.5)))
+    costs.record(mixed)
+    assert costs.draft_ms(True) == pytest.approx(0.2) and costs.draft_ms(False) == pytest.approx(2.5)
+
+
+def test_one_stall_moves_an_estimate_little_and_a_lasting_change_is_learned():
+    costs = StepCosts()
+    for _ in range(50):
+        costs.record(step(0, 0, 0.0, 40.0))
+    costs.record(step(0, 0, 0.0, 4000.0))
+    assert costs.verify_ms(1) < 42
+    for _ in range(100):
+        costs.record(step(0, 0, 0.0, 80.0))
+    assert costs.verify_ms(1) == pytest.approx(80, rel=0.05)
+
+
+def test_a_pass_that_jumps_at_a_length_is_seen_there():
+    costs = StepCosts()
+    for _ in range(40):
+        for gamma, ms in ((1, 30), (3, 32), (4, 50), (5, 51)):
+            costs.record(step(gamma, 0, gamma, ms))
+    assert costs.verify_ms(5) - costs.verify_ms(4) > 12
+
+
+# -- the rule
+
+
+def test_it_drafts_as_long_as_a_token_is_worth_its_time():
+    # Each draft token stands with the same share; the promise of the next is that share while all before it stand.
+    policy = Adaptive(constant_controller(0.9))
+    cheap, _ = World(policy, draft_ms=0.2, verify_ms=lambda n: 40 + 0.2 * n, stands=lambda number: 99).run(40)
+    assert cheap[0] == 0 and max(cheap) == policy.longest  # the first step measures plain decoding
+    dear, _ = World(Adaptive(constant_controller(0.1)), draft_ms=10.0, verify_ms=lambda n: 40 + 4 * n,
+                    stands=lambda number: number % 10 == 0).run(40)
+    assert max(dear[1:]) == 1
+
+
+def test_what_a_token_costs_decides_with_one_controller():
+    def mean_gamma(draft_ms):
+        policy = Adaptive(constant_controller(0.5))
+        gammas, _ = World(policy, draft_ms=draft_ms, stands=lambda number: number % 5).run(80)
+        return sum(gammas) / len(gammas)
+    assert mean_gamma(0.3) > mean_gamma(15.0) + 1
+
+
+def test_a_drafter_that_is_never_right_is_given_up_and_tried_again_ever_more_rarely():
+    world = World(Adaptive(constant_controller(1.0)), draft_ms=4.0, stands=lambda number: 0)
+    gammas, rate = world.run(2000)
+    drafting = [number for number, gamma in enumerate(gammas) if gamma]
+    gaps = [later - earlier for earlier, later in pairwise(drafting) if later - earlier > 1]
+    assert gaps[0] >= FIRST_PAUSE and gaps[-1] > 16 * gaps[0]
+    assert rate > 0.97 / 41
+
+
+def test_drafting_comes_back_where_it_pays_again():
+    gammas, _ = World(Adaptive(constant_controller(0.8)), stands=lambda number: 0 if number < 100 else 5).run(500)
+    assert sum(gamma > 0 for gamma in gammas[60:100]) < 20
+    assert sum(gamma > 0 for gamma in gammas[-100:]) > 95
+
+
+@pytest.mark.parametrize("promise", [0.0, 0.02, 1.0], ids=["promises nothing", "little", "everything"])
+@pytest.mark.parametrize("draft_ms", [0.5, 2.0, 8.0, 30.0], ids=str)
+@pytest.mark.parametrize("kept", [0, 1, 3], ids=lambda kept: f"{kept} stand")
+def test_a_wrong_controller_costs_little(promise, draft_ms, kept):
+    world = World(Adaptive(constant_controller(promise)), draft_ms, stands=lambda number: kept)
+    _, rate = world.run(600)
+    assert rate > 0.97 / 41  # plain decoding
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_weights_cost_little(seed):
+    source = torch.Generator().manual_seed(seed)
+    inputs = len(SIGNALS) + 1
+    controller = from_arrays(*(torch.randn(*shape, generator=source).numpy() for shape in (
+        (inputs, 16), (16,), (16, 1), (1,))))
+    for kept in (0, 1, 2):
+        _, rate = World(Adaptive(controller), draft_ms=3.0, stands=lambda number, kept=kept: kept).run(600)
+        assert rate > 0.97 / 41
+
+
+def test_promises_are_scaled_by_what_was_kept_of_them_and_the_scale_is_bounded():
+    policy = Adaptive(constant_controller(1.0))
+    World(policy, stands=lambda number: 1).run(200)
+    assert policy._experience[None].scale < 0.9
+    policy = Adaptive(constant_controller(0.01))
+    World(policy, draft_ms=0.01, verify_ms=lambda n: 40.0, stands=lambda number: 9).run(200)
+    assert policy._experience[None].scale == MOST_SCALE
+
+
+def test_the_first_drafts_are_short_whatever_is_promised():
+    gammas, _ = World(Adaptive(constant_controller(1.0)), draft_ms=0.0, verify_ms=lambda n: 40.0).run(3)
+    assert max(gammas) == LEAST_CAP
+
+
+def test_compressions_are_learned_apart_and_kept_from_text_to_text():
+    policy = Adaptive(constant_controller(0.6))
+    World(policy, verify_ms=lambda n: 20.0 + n, compression="nf4").run(60)
+    World(policy, verify_ms=lambda n: 90.0 + n, compression="int8").run(60)
+    assert policy._experience["nf4"].costs.verify_ms(1) < 25 < 85 < policy._experience["int8"].costs.verify_ms(1)
+    assert World(policy, compression="nf4").run(1)[0] != [0]  # knows already what a plain step takes
+
+
+def test_it_is_one_launch_a_draft_token(monkeypatch):
+    launches = []
+    monkeypatch.setattr("speckv.adaptive.draft_step", lambda *args: launches.append(1) or draft_step(*args))
+    monkeypatch.setattr("speckv.policy.draft_sample", lambda *args: pytest.fail("a second launch"))
+    target = tiny_model()
+    output = speckv.generate(target, noisy_copy(target), prompt_ids(), max_new_tokens=40, policy="adaptive")
+    assert len(launches) == output.drafted > 0
+    assert all(record.predicted is not None for record in output.steps if record.gamma)
+
+
+def test_a_controller_of_other_signals_is_refused():
+    with pytest.raises(ModelError, match="takes 5 signals"):
+        Adaptive(from_arrays(torch.zeros(6, 4).numpy(), [0.0] * 4, torch.zeros(4, 1).numpy(), [0.0]))
+
+
+# -- fitting
+
+
+def made_up(sequences=40, steps=30, seed=0):
+    """Texts in which a token stands with its confidence, which is what there is to learn."""
+    source = torch.Generator().manual_seed(seed)
+    texts = []
+    for _ in range(sequences):
+        records = []
+        for _ in range(steps):
+            confidences = (0.05 + 0.9 * torch.rand(6, generator=source)).tolist()
+            falls = (torch.rand(6, generator=source) >= torch.tensor(confidences)).nonzero()
+            accepted = falls[0].item() if len(falls) else 6
+            signals = tuple(Signal(3 * (1 - confidence), confidence) for confidence in confidences)
+            records.append(StepRecord(6, accepted, accepted + 1, 6.0, 40.0, signals))
+        texts.append(("bf16", records))
+    return texts
+
+
+def test_examples_are_what_the_loop_feeds_its_controller(monkeypatch):
+    seen = []
+
+    def spy(*args):
+        outputs = draft_step(*args)
+        seen.append(outputs[4][0].clone())
+        return outputs
+    monkeypatch.setattr("speckv.adaptive.draft_step", spy)
+    target = tiny_model()
+    output = speckv.generate(target, noisy_copy(target), prompt_ids(), max_new_tokens=60, policy="adaptive")
+    data = examples([(None, output.steps)])
+    torch.testing.assert_close(torch.tensor(data.signals).float(), torch.stack(seen), rtol=1e-5, atol=1e-6)
+    assert data.accepted.tolist() == [min(record.accepted, i + 1) for record in output.steps
+                                      for i in range(record.gamma)]
+
+
+def test_a_fit_comes_close_to_knowing_the_probabilities_on_texts_it_did_not_see():
+    texts = made_up()
+    figures = fit_and_judge(texts, steps=FIT_STEPS).figures
+    data = examples(texts[::5])  # the held-out ones
+    confidences = [[signal.confidence for signal in record.signals] for _, records in texts[::5] for record in records]
+    stands = torch.tensor(confidences).cumprod(1)
+    more = data.more.reshape(-1, 6)[:, :5]
+    best = np.corrcoef((stands[:, :5] * 0.5).flatten(), more.flatten())[0, 1]  # the next confidence is 0.5 on average
+    assert 0.9 * best < figures["correlation_next_token"] <= best + 0.02
+    accepted = data.accepted.reshape(-1, 6)
+    best = np.corrcoef(stands.cumsum(1).flatten(), accepted.flatten())[0, 1]
+    assert 0.85 * best < figures["correlation_accepted_tokens"] <= best + 0.02
+
+
+def test_the_gain_of_one_more_token_is_a_probability_on_average():
+    data = examples(made_up())
+    controller = fit(data, steps=FIT_STEPS)
+    accepted, more = predict(controller, data)
+    for number in range(1, 6):
+        rows = data.number == number
+        assert more[rows].mean() == pytest.approx(data.more[rows].mean(), abs=0.04)
+        assert accepted[rows].mean() == pytest.approx(data.accepted[rows].mean(), abs=0.15)
+    assert select(data, data.number == 1).signals.shape == (1200, len(SIGNALS))
+    assert LONGEST_COUNTED >= 6
+
+
+def test_the_same_records_give_the_same_controller():
+    data = examples(made_up(12))
+    one, other = fit(data, steps=50), fit(data, steps=50)
+    assert all(torch.equal(one.tensors()[name], other.tensors()[name]) for name in one.tensors())
