@@ -6,10 +6,8 @@ meets all alike. Prints a table a compression and drafter, and keeps everything 
 """
 
 import argparse
-import json
 import subprocess
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -22,13 +20,10 @@ from rich.table import Table
 import speckv
 from speckv.demo import first_difference
 from speckv.files import write_json
+from speckv.prompts import read_prompts
 from speckv.terminal import encode_prompt
 
 RESULTS = Path(__file__).parent / "results" / "drafters.json"
-GROUPS = {
-    "coding": "code", "humaneval": "code", "math": "math", "math_reasoning": "math", "summarization": "documents",
-    "rag": "documents", "extraction": "documents", "writing": "chat", "roleplay": "chat", "reasoning": "chat",
-    "stem": "chat", "humanities": "chat", "qa": "chat"}
 PEAK = """
 import resource, sys, torch, speckv
 from speckv.terminal import encode_prompt
@@ -49,21 +44,6 @@ class Answer:
     plain: speckv.SpecOutput
     drafted: dict      # {gamma: SpecOutput}
     differences: dict  # {gamma: (new token, gap) or None}
-
-
-def questions(file, per_group):
-    """{group: [question]}: the first few of each category in turn, so that a group's categories are all there."""
-    by_category = defaultdict(list)
-    for line in file.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        by_category[entry["category"]].append(entry["turns"][0])
-    chosen = defaultdict(list)
-    for rank in range(per_group):
-        for category, texts in by_category.items():
-            group = GROUPS.get(category)
-            if group and rank < len(texts) and len(chosen[group]) < per_group:
-                chosen[group].append(texts[rank])
-    return chosen
 
 
 def answer(target, drafter, prompt, gammas, tokens, group):
@@ -134,7 +114,7 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     gammas = [int(gamma) for gamma in options.gammas.split(",")]
-    chosen = questions(options.prompts, options.per_group)
+    chosen = {task: texts[:options.per_group] for task, texts in read_prompts(options.prompts).items()}
     console = Console()
     console.width = max(console.width, 140)  # folded to 80 columns, as in a log, it cannot be read
     results = []
