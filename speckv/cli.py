@@ -14,9 +14,10 @@ try:
 except ImportError:
     sys.exit("speckv: the command line needs packages of its own: pip install 'speckv[cli]'")
 
+from speckv.compression import COMPRESSIONS
 from speckv.errors import InputError, SpecKVError
-from speckv.models import COMPRESSIONS, DEFAULT_DRAFT, EMBEDDED
-from speckv.policy import POLICIES
+from speckv.models import DEFAULT_DRAFT, EMBEDDED
+from speckv.policies import POLICIES
 
 app = typer.Typer(
     help="Speculative decoding for quantized language models. Start with 'speckv demo'.",
@@ -53,7 +54,7 @@ def generate(
     """
     from speckv import generate as decode
     from speckv import load_drafter, load_target
-    from speckv.policy import parse_policy
+    from speckv.policies import parse_policy
     from speckv.terminal import TokenPrinter, encode_prompt
 
     _set_threads(threads)
@@ -79,6 +80,13 @@ def generate(
 
 def _names(text):
     return [name.strip() for name in text.split(",")]
+
+
+def _numbers(option, text):
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise InputError(f"--{option} is {text!r}: give whole numbers with commas between, such as 2,4") from None
 
 
 @app.command()
@@ -187,6 +195,66 @@ def distill(
     print(f"{output}: held-out greedy match {best['match']:.3f}, {best['accepted_at_4']:.2f} tokens accepted of 4")
     if not can_draw():
         print(f"no plot of the training without matplotlib: {INSTALL}, and the same command draws it", file=sys.stderr)
+
+
+@app.command()
+def profile(
+    output: Annotated[Path, typer.Option(help="Folder for the records, in Parquet files.")],
+    target: Target = EMBEDDED,
+    draft: Draft = DEFAULT_DRAFT,
+    prompts: Annotated[Path | None, typer.Option(
+        help="Prompts, a JSON object a line as in Spec-Bench: {\"category\": \"coding\", \"turns\": [\"...\"]}. If not "
+             "given, prompts that come with speckv.")] = None,
+    per_task: Annotated[int, typer.Option(
+        min=1, help="How many prompts of each task at most: code, math, chat and summarization.")] = 10,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens a text.")] = 128,
+    gammas: Annotated[str, typer.Option(help="How many tokens to draft a step, comma-separated; 0 is plain decoding.")
+                      ] = "2,4,6,8",
+    compressions: Annotated[str, typer.Option(help="Which levels, comma-separated.")] = "bf16,int8,nf4",
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Which texts are drawn, with a temperature.")] = 0,
+    csv: Annotated[Path | None, typer.Option(
+        help="Also write the step records to this file, in the columns of the paper's own (arXiv 2605.02888).")] = None,
+    threads: Threads = None,
+):
+    """Write texts at every compression and gamma, and record each step and draft token: signals, outcome, time.
+
+    The records say what drafting gains and costs on this machine, and are what a predictor of acceptance learns from.
+    Interrupt it at any time; the same command goes on where it stopped. Needs pyarrow: pip install
+    'speckv\\[records]'. Example:
+
+    speckv profile --output records --per-task 5 --csv steps.csv
+    """
+    from speckv import load_drafter, load_target
+    from speckv.files import check_writable
+    from speckv.profile import ProfileSettings, drafter_hash
+    from speckv.profile import profile as record
+    from speckv.prompts import PROMPTS, read_prompts
+    from speckv.record_files import write_csv
+    from speckv.terminal import PROFILE_WIDTH, ProfileProgress, encode_prompt, profile_table
+
+    def load(compression):
+        model, tokenizer = load_target(target, compression)
+        return model, load_drafter(draft, model), lambda prompt: encode_prompt(tokenizer, prompt)
+
+    _set_threads(threads)
+    chosen = {task: texts[:per_task] for task, texts in (read_prompts(prompts) if prompts else PROMPTS).items()}
+    settings = ProfileSettings(target, draft, drafter_hash(draft), _numbers("gammas", gammas),
+                               tuple(_names(compressions)), max_new_tokens, temperature, seed)
+    if csv is not None:
+        check_writable(csv.parent)  # now, rather than when all texts are written
+    try:
+        with ProfileProgress() as progress:
+            records = record(load, chosen, settings, output, progress)
+    except KeyboardInterrupt:
+        print(f"stopped; the records so far lie in {output}, and the same command goes on from there", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if csv is not None:
+        write_csv(records.steps, csv)
+    console = Console(highlight=False)
+    console.width = max(console.width, PROFILE_WIDTH)  # folded to 80 columns, as in a log, it cannot be read
+    console.print(profile_table(records.steps))
+    print(f"{output}: {records.steps.num_rows:,} steps, {records.tokens.num_rows:,} draft tokens")
 
 
 @app.command()

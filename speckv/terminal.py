@@ -10,6 +10,8 @@ from rich.table import Table
 ACCEPTED_STYLE = Style(color="green")
 HALF_A_CHARACTER = "\ufffd"  # what a tokenizer makes of bytes that are not a whole character
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+PROFILE_WIDTH = 110  # columns of profile_table
+SPEED_PERIOD = 600  # seconds; over how many of the last the time that remains is reckoned: a text may take many
 STAGES = {"text": "the target writes", "training": "the drafter learns"}
 
 
@@ -94,3 +96,65 @@ def held_out_table(held_out: dict) -> Table:
     result.add_row("the last is the target's first choice", *(f"{match:.1%}" for match in held_out["match_by_depth"]))
     result.add_row("accepted (greedy target)", *(f"{accepted:.2f}" for accepted in held_out["accepted_by_gamma"]))
     return result
+
+
+class ProfileProgress:
+    """A progress bar of texts, with what remains and the records so far; pass it as on_progress to profile."""
+
+    def __enter__(self):
+        self._bars = Progress(
+            TextColumn("profiling"), BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f} texts"),
+            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[records]}"),
+            console=Console(stderr=True), speed_estimate_period=SPEED_PERIOD)
+        self._task = None
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._bars.stop()
+
+    def __call__(self, progress):
+        records = f"{progress.steps:,} steps, {progress.tokens:,} draft tokens"
+        if self._task is None:  # what an earlier run did says nothing of the speed of this one
+            self._task = self._bars.add_task("", total=progress.total, completed=progress.done, records=records)
+        self._bars.update(self._task, completed=progress.done, records=records)
+
+
+def profile_table(steps) -> Table:
+    """What step records say of each compression and gamma, prompts not included."""
+    sums = ("drafted", "accepted", "tokens_produced", "draft_ms", "verify_ms")
+    cells = steps.group_by(["compression", "gamma"], use_threads=False).aggregate(
+        [*((name, "sum") for name in sums), ("step", "count")])
+    result = Table(title="what was recorded")
+    for column in ("compression", "gamma", "steps", "accepted", "tokens/step", "ms a draft token", "ms a verify pass",
+                   "tokens/s"):
+        result.add_column(column, justify="left" if column == "compression" else "right", no_wrap=True)
+    for cell in cells.to_pylist():
+        drafted, accepted, tokens, draft_ms, verify_ms = (cell[f"{name}_sum"] for name in sums)
+        count = cell["step_count"]
+        result.add_row(cell["compression"], str(cell["gamma"]), f"{count:,}",
+                       f"{accepted / drafted:.0%}" if drafted else "–", f"{tokens / count:.2f}",
+                       f"{draft_ms / drafted:.2f}" if drafted else "–", f"{verify_ms / count:.2f}",
+                       f"{1e3 * tokens / (draft_ms + verify_ms):.1f}")
+    return result
+
+
+class CompareProgress:
+    """A progress bar of answered prompts; pass it as on_progress to compare.run."""
+
+    def __enter__(self):
+        self._bars = Progress(TextColumn("comparing"), BarColumn(),
+                              TextColumn("{task.completed:.0f} of {task.total:.0f} prompts"),
+                              TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True),
+                              speed_estimate_period=SPEED_PERIOD)
+        self._task = None
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._bars.stop()
+
+    def __call__(self, done, total):
+        if self._task is None:
+            self._task = self._bars.add_task("", total=total, completed=done)
+        self._bars.update(self._task, completed=done)
