@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 import speckv
-from speckv.demo import first_difference
+from speckv.differences import first_difference
 from speckv.files import write_json
 from speckv.prompts import read_prompts
 from speckv.terminal import encode_prompt

@@ -35,10 +35,10 @@ SHORT_FADE = 0.85         # in the rate of drafting alone: about the last 7 coun
 MOST_SCALE, LEAST_SCALE = 2.0, 0.2  # of the controller's promise
 SCALE_TRIALS = 8.0        # promised tokens that a scale of 1 is worth
 LEAST_CAP, RETRY_CAP = 8, 2
-FIRST_PAUSE, LONGEST_PAUSE = 16, 256  # plain steps after drafting was found slower
+FIRST_PAUSE, LONGEST_PAUSE = 8, 256  # plain steps after drafting was found slower
 PLAIN_EVERY = 128         # steps after which the time of a plain step is measured again
 TRIAL_STEPS = 3           # drafts before their rate is judged, unless
-LARGEST_LOSS = 2.0        # so many plain steps have been lost before
+LARGEST_LOSS = 3.0        # so many plain steps have been lost before
 
 
 @dataclass
@@ -60,8 +60,8 @@ class _Experience:
 
     def record(self, step, promised):
         """Learn from a step, of whose draft the controller promised so many tokens."""
-        ms = step.draft_ms + step.verify_ms
         self.costs.record(step)
+        ms = self.costs.usual_ms(step)  # so that one stall of the machine does not look like a drafter that fails
         self.tokens = FADE * self.tokens + step.tokens
         self.milliseconds = FADE * self.milliseconds + ms
         if step.gamma == 0:

@@ -14,6 +14,7 @@ try:
 except ImportError:
     sys.exit("speckv: the command line needs packages of its own: pip install 'speckv[cli]'")
 
+from speckv.compare import DEFAULT_POLICIES
 from speckv.compression import COMPRESSIONS
 from speckv.errors import InputError, SpecKVError
 from speckv.models import DEFAULT_DRAFT, EMBEDDED
@@ -255,6 +256,82 @@ def profile(
     console.width = max(console.width, PROFILE_WIDTH)  # folded to 80 columns, as in a log, it cannot be read
     console.print(profile_table(records.steps))
     print(f"{output}: {records.steps.num_rows:,} steps, {records.tokens.num_rows:,} draft tokens")
+
+
+@app.command()
+def train(
+    records: Annotated[Path, typer.Option(help="Folder of records that 'speckv profile' wrote.")],
+    output: Annotated[Path, typer.Option(help="FILE.safetensors, or FILE.npz in the layout the paper releases.")],
+    kind: Annotated[str, typer.Option(
+        help="'adaptive': for the policy of that name; 'paper': the paper's MLP on the step before, which needs "
+             "scikit-learn.")] = "adaptive",
+):
+    """Make a controller of records, judged on texts it was not fitted on.
+
+    Use it in Python: speckv.adaptive.Adaptive(speckv.controller.load_controller(FILE)). Example:
+
+    speckv profile --output records && speckv train --records records --output controller.safetensors
+    """
+    from speckv.controller import check_name, save_controller
+    from speckv.profile import read_records
+    from speckv.train import train as fit
+
+    check_name(output)
+    trained = fit(read_records(records), kind)
+    save_controller(trained.controller, output)
+    print(f"{output}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in trained.figures.items()))
+
+
+@app.command()
+def compare(
+    output: Annotated[Path, typer.Option(help="Folder for answers, tables and plots; a run there is gone on with.")],
+    target: Target = EMBEDDED,
+    draft: Draft = DEFAULT_DRAFT,
+    policies: Annotated[str, typer.Option(help=f"With commas between: {POLICIES}; 'off' must be among them."
+                                          )] = DEFAULT_POLICIES,
+    compressions: Annotated[str, typer.Option(help="Which levels, comma-separated.")] = "bf16,int8,nf4",
+    prompts: Annotated[Path | None, typer.Option(
+        help="Prompts, a JSON object a line as in Spec-Bench: {\"category\": \"coding\", \"turns\": [\"...\"]}. If not "
+             "given, prompts that come with speckv.")] = None,
+    per_task: Annotated[int, typer.Option(min=1, help="How many prompts of each task at most.")] = 3,
+    skip: Annotated[int, typer.Option(min=0, help="Leave out the first so many of each task, such as those a "
+                                                  "controller was trained on.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; else texts are not compared.")] = 0.0,
+    threads: Threads = None,
+):
+    """Which policy is fastest here: every policy on the same prompts in one run, with intervals, tables and plots.
+
+    Interrupt it at any time; the same command goes on where it stopped. Ends with status 1 where an fp32 text differs
+    from plain decoding. Example:
+
+    speckv compare --output comparison --policies off,fixed:2,fixed:4,adaptive --compressions bf16,nf4
+    """
+    from speckv import compare_plots, load_drafter, load_target
+    from speckv.compare import CompareSettings, has_changed_text, report, run, summarize
+    from speckv.files import write_json
+    from speckv.prompts import PROMPTS, read_prompts
+    from speckv.terminal import CompareProgress, encode_prompt
+
+    _set_threads(threads)
+    settings = CompareSettings(target, draft, tuple(_names(policies)), tuple(_names(compressions)), max_new_tokens,
+                               temperature, torch.get_num_threads())
+    chosen = {task: list(texts)[skip:skip + per_task]
+              for task, texts in (read_prompts(prompts) if prompts else PROMPTS).items()}
+
+    def load(compression):
+        model, tokenizer = load_target(target, compression)
+        return model, load_drafter(draft, model), lambda text: encode_prompt(tokenizer, text)
+    with CompareProgress() as progress:
+        answers = run(load, chosen, settings, output, progress)
+    result = summarize(answers, settings)
+    write_json(output / "compare.json", result)
+    report(result)
+    plots = compare_plots.draw(result, answers, output)
+    print(f"{output}: compare.json" + "".join(f", {name}" for name in plots))
+    if has_changed_text(result):
+        print("speckv: a text in fp32 differs from plain decoding: that is a defect", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()

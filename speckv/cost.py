@@ -80,6 +80,12 @@ class StepCosts:
         """Of a whole step with gamma draft tokens of one kind."""
         return gamma * self.draft_ms(is_estimate) + self.verify_ms(gamma + 1)
 
+    def usual_ms(self, step) -> float:
+        """Of a step such as this StepRecord, which may itself have been held up."""
+        copied = sum(signal.is_estimate for signal in step.signals)
+        return (copied * self.draft_ms(True) + (step.gamma - copied) * self.draft_ms(False)
+                + self.verify_ms(step.gamma + 1))
+
     def _line(self):
         """Height, slope and center of the straight line through all measured passes, its slope held to what is usual
         until lengths far apart have been measured."""

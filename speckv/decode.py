@@ -21,9 +21,10 @@ def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128
     """Decode with speculation: the target's own output, sooner.
 
     target is a causal language model of transformers, drafter a model that shares its tokenizer or a Drafter (None
-    will do where the policy never drafts). policy is one of speckv.policy.POLICIES, or a Policy of your own, which may
-    be given to many calls and keep what it learns. input_ids [1, n] i64; attention_mask [1, n] hides padding. At temperature 0
-    the output is that of greedy decoding, else a sample of softmax(logits / temperature); seed makes it repeatable.
+    will do where the policy never drafts). policy is one of speckv.policies.POLICIES, or a Policy of your own, which
+    may be given to many calls and keep what it learns. input_ids [1, n] i64; attention_mask [1, n] hides padding. At
+    temperature 0 the output is that of greedy decoding, else a sample of softmax(logits / temperature); seed makes it
+    repeatable.
     eos_token_id is an id, a list of ids, or None for what the target's generation_config says, of which nothing else
     is used. on_step(tokens, record) is called after every step with the new token ids.
 

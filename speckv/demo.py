@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from speckv import generate, load_drafter, load_target
+from speckv.differences import first_difference
 from speckv.models import check_compression
-from speckv.policy import parse_policy
+from speckv.policies import parse_policy
 from speckv.records import SpecOutput
 from speckv.terminal import ACCEPTED_STYLE, TokenPrinter, encode_prompt
 
@@ -34,21 +35,6 @@ class Cell:
     plain: SpecOutput
     speculative: dict  # {policy: SpecOutput}
     differences: dict  # {policy: (new token, gap) or None}
-
-
-@torch.inference_mode()
-def first_difference(target, plain: SpecOutput, speculative: SpecOutput):
-    """Where two greedy outputs part: (number of the new token, gap between the target's top two logits there), or None.
-
-    The gap is measured in a pass over the shared text; a small one means that rounding chose.
-    """
-    length = min(plain.sequences.shape[1], speculative.sequences.shape[1])
-    different = (plain.sequences[0, :length] != speculative.sequences[0, :length]).nonzero()
-    if len(different) == 0:
-        return None
-    position = different[0].item()
-    best = target(plain.sequences[:, :position], logits_to_keep=1).logits[0, -1].float().topk(2).values
-    return position - plain.prompt_length, (best[0] - best[1]).item()
 
 
 def rate(outputs) -> float:

@@ -1,4 +1,4 @@
-"""The inputs of the adaptive controller: the paper's signals of the draft so far, and what else is known before a token.
+"""The inputs of the adaptive controller: the paper's signals of the draft so far, and what else is known by then.
 
 All of it is known before the token it helps to decide about is drawn: the distributions so far, how many there were,
 and what became of earlier drafts. The same code feeds the controller in the loop and its training.
