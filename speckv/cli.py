@@ -41,7 +41,7 @@ def generate(
     target: Target = EMBEDDED,
     draft: Draft = DEFAULT_DRAFT,
     compression: Compression = "bf16",
-    policy: Annotated[str, typer.Option(help=f"How many tokens to draft: {POLICIES}.")] = "fixed:4",
+    policy: Annotated[str, typer.Option(help=f"How many tokens to draft: {POLICIES}.")] = "adaptive",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes a sampled text repeatable.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
@@ -51,7 +51,7 @@ def generate(
 ):
     """Write an answer to a prompt, streamed; accepted draft tokens are green.
 
-    Example: speckv generate --prompt "Write a haiku about rain." --compression nf4 --policy fixed:2
+    Example: speckv generate --prompt "Write a haiku about rain." --compression nf4
     """
     from speckv import generate as decode
     from speckv import load_drafter, load_target
@@ -97,7 +97,7 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer.")] = 48,
     policy: Annotated[str, typer.Option(
         help=f"What to compare with plain decoding, one or more with commas between: {POLICIES}.")
-    ] = "fixed:1,fixed:2,fixed:3",
+    ] = "adaptive,fixed:1,fixed:2,fixed:4",
     compressions: Annotated[str, typer.Option(help="Which levels, comma-separated.")] = "bf16,int8,nf4",
     threads: Threads = None,
 ):

@@ -191,7 +191,7 @@ def report(result: dict, console: Console | None = None) -> None:
         console.print(f"The lowest cell of adaptive: {cell[1]:.2f} of plain decoding ({cell[0]}).")
     console.print(f"Greedy texts 'part' where rounding of a pass over several tokens chose between the target's top "
                   f"two logits: at near-ties at most {NEAR_TIE} apart, + elsewhere. {result['settings']['threads']} "
-                  f"CPU threads, {result['settings']['max_new_tokens']} tokens an answer, prompts included in the time.")
+                  f"CPU threads, {result['settings']['max_new_tokens']} tokens an answer, prompts included.")
 
 
 def has_changed_text(result: dict) -> bool:

@@ -16,7 +16,7 @@ from speckv.records import SpecOutput, StepRecord
 from speckv.signals import read_signals
 
 
-def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128, policy="fixed:4", temperature=0.0,
+def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128, policy="adaptive", temperature=0.0,
              seed=None, eos_token_id=None, on_step=None) -> SpecOutput:
     """Decode with speculation: the target's own output, sooner.
 

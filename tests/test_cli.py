@@ -48,7 +48,7 @@ def test_generate_streams_the_whole_text(tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--policy", "fixed:-2"], "gamma is -2"),
-    (["--policy", "clever"], "unknown policy 'clever': choose off, or fixed:N"),
+    (["--policy", "clever"], "unknown policy 'clever': choose off, fixed:N with N draft tokens a step, or adaptive"),
     (["--compression", "int3"], "unknown compression 'int3'"),
 ], ids=lambda value: value[-1] if isinstance(value, list) else "")
 def test_a_mistake_ends_in_one_line_that_tells_the_way_out(arguments, words, monkeypatch, capsys):
@@ -58,7 +58,7 @@ def test_a_mistake_ends_in_one_line_that_tells_the_way_out(arguments, words, mon
     assert len(printed.err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", ["generate", "demo", "distill", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "demo", "distill", "doctor", "profile", "train", "compare", "paper"])
 def test_every_command_has_help(command, monkeypatch, capsys):
     status, printed = run_main(monkeypatch, capsys, command, "--help")
     assert status == 0 and "Usage" in printed.out
