@@ -207,10 +207,11 @@ def decode_attention(query, key, value, scale):
     checks.decode_attention(query, key, value, scale)
     batch, heads, tokens, size = query.shape
     groups, positions = key.shape[1:3]
-    rows = query.float().reshape(batch, groups, -1, size)
+    in_group = heads // groups * tokens
+    rows = query.float().reshape(batch, groups, in_group, size)
     scores = (rows @ key.float().transpose(2, 3)).reshape(batch, heads, tokens, positions) * scale
     position = torch.arange(positions, device=query.device)
     hidden = position > position[positions - tokens:].unsqueeze(1)
     weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
-    out = weights.reshape(batch, groups, -1, positions) @ value.float()
+    out = weights.reshape(batch, groups, in_group, positions) @ value.float()
     return out.reshape(batch, heads, tokens, value.shape[3]).transpose(1, 2).contiguous().to(query.dtype)
