@@ -29,17 +29,27 @@ class Answer:
 
 @dataclass(frozen=True)
 class Test:
-    """How much faster one policy is than another over the same prompts: ratio of rates, 95 % interval, one-sided p."""
+    """How much faster one policy is than another over the same prompts: ratio of rates, 95 % interval, one-sided p.
+
+    Interval and p are None where every task has a single prompt: drawing it anew gives the same one, and says nothing.
+    """
 
     ratio: float
-    lower: float
-    upper: float
-    p_value: float
+    lower: float | None
+    upper: float | None
+    p_value: float | None
 
 
 def rate(answers) -> float:
     """Tokens a second: all tokens over all seconds, prompts included."""
     return sum(answer.tokens for answer in answers) / sum(answer.seconds for answer in answers)
+
+
+def ratios(own, other) -> dict:
+    """{task or "all": how many times as fast the first answers are as the others}."""
+    tasks = dict.fromkeys(answer.task for answer in own)
+    by_task = {task: rate(select(own, task=task)) / rate(select(other, task=task)) for task in tasks}
+    return by_task | {"all": rate(own) / rate(other)}
 
 
 def select(answers, **wanted) -> list:
@@ -48,40 +58,62 @@ def select(answers, **wanted) -> list:
 
 
 def best_fixed(answers) -> str | None:
-    """The fixed policy that was fastest over all of the answers, which is known in hindsight only."""
+    """The fixed policy that was fastest over all of the answers, which is known in hindsight only.
+
+    Of several compressions each counts alike: by the mean of the logarithms of its rates there.
+    """
     fixed = {answer.policy for answer in answers if answer.policy.startswith("fixed:")}
-    return max(sorted(fixed), key=lambda policy: rate(select(answers, policy=policy)), default=None)
+    compressions = {answer.compression for answer in answers}
+
+    def speed(policy):
+        return sum(np.log(rate(select(answers, policy=policy, compression=name))) for name in sorted(compressions))
+    return max(sorted(fixed), key=speed, default=None)
 
 
 def compare(answers, policy: str, rivals: dict) -> Test:
     """The paired bootstrap of a policy against rivals[compression], the one it is compared with at each compression.
 
-    Prompts are drawn anew within each compression and task, and each brings the times of both: what is easy for one is
-    easy for the other. The mean of the logarithms of compressions' ratios counts all compressions alike. p is the share
-    of resamples in which the policy is no faster.
+    Prompts are drawn anew within each task, and each brings the times of both, at every compression: what is easy for
+    one is easy for the other, so compressions drawn apart would count one prompt as several and make the interval too
+    narrow. The mean of the logarithms of compressions' ratios counts all compressions alike. p is the share of
+    resamples in which the policy is no faster. Raises InputError where some prompt was not answered by both throughout.
     """
-    random = np.random.default_rng(SEED)
-    logs, observed = np.zeros(RESAMPLES), 0.0
-    for compression, rival in rivals.items():
-        here = select(answers, compression=compression)
-        own, other = (_by_prompt(select(here, policy=name)) for name in (policy, rival))
-        if own.keys() != other.keys():
-            raise InputError(f"{policy} and {rival} did not answer the same prompts at {compression}")
-        totals = np.zeros((RESAMPLES, 4))
-        whole = np.zeros(4)
-        for task in sorted({task for task, _ in own}):
-            rows = np.array([(own[key].tokens, own[key].seconds, other[key].tokens, other[key].seconds)
-                             for key in sorted(own) if key[0] == task])
-            whole += rows.sum(0)
-            totals += rows[random.integers(0, len(rows), (RESAMPLES, len(rows)))].sum(1)
-        logs += np.log(totals[:, 0] * totals[:, 3] / (totals[:, 1] * totals[:, 2])) / len(rivals)
-        observed += float(np.log(whole[0] * whole[3] / (whole[1] * whole[2]))) / len(rivals)
-    lower, upper = np.exp(np.quantile(logs, (0.025, 0.975)))
-    return Test(float(np.exp(observed)), float(lower), float(upper), float((logs <= 0).mean()))
+    pairs = {name: _pairs(select(answers, compression=name), policy, rival) for name, rival in rivals.items()}
+    prompts = sorted(next(iter(pairs.values())))
+    for name, pair in pairs.items():
+        if sorted(pair) != prompts:
+            raise InputError(f"{policy} did not answer the same prompts at {name} as at {next(iter(pairs))}: finish "
+                             "the run first")
+    # [R, P] how often a resample holds each prompt; the first row is the sample itself.
+    draws = np.vstack([np.ones(len(prompts)), _draws([task for task, _ in prompts])])
+    logs = np.zeros(len(draws))
+    for pair in pairs.values():
+        totals = draws @ np.array([pair[prompt] for prompt in prompts])
+        logs += np.log(totals[:, 0] * totals[:, 3] / (totals[:, 1] * totals[:, 2])) / len(pairs)
+    observed, resampled = logs[0], logs[1:]
+    if len({task for task, _ in prompts}) == len(prompts):
+        return Test(float(np.exp(observed)), None, None, None)
+    lower, upper = np.exp(np.quantile(resampled, (0.025, 0.975)))
+    return Test(float(np.exp(observed)), float(lower), float(upper), float((resampled <= 0).mean()))
 
 
-def _by_prompt(answers):
-    return {(answer.task, answer.prompt): answer for answer in answers}
+def _pairs(answers, policy, rival):
+    """{(task, prompt): (tokens, seconds of the policy, tokens, seconds of its rival)}."""
+    own, other = ({(answer.task, answer.prompt): (answer.tokens, answer.seconds)
+                   for answer in select(answers, policy=name)} for name in (policy, rival))
+    if own.keys() != other.keys() or not own:
+        raise InputError(f"{policy} and {rival} did not answer the same prompts: finish the run first")
+    return {prompt: own[prompt] + other[prompt] for prompt in own}
+
+
+def _draws(tasks):
+    """How often each of the prompts [P] of these tasks is drawn [R, P], each task keeping its number of prompts."""
+    random, tasks = np.random.default_rng(SEED), np.array(tasks)
+    draws = np.zeros((RESAMPLES, len(tasks)))
+    for task in np.unique(tasks):
+        members = np.flatnonzero(tasks == task)
+        draws[:, members] = random.multinomial(len(members), np.full(len(members), 1 / len(members)), RESAMPLES)
+    return draws
 
 
 def figures(answers) -> dict:

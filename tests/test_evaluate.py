@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from speckv import InputError
-from speckv.evaluate import Answer, best_fixed, compare, figures, oracle_rate, rate, select
+from speckv.evaluate import Answer, best_fixed, compare, figures, oracle_rate, rate, ratios, select
 
 STEP = [2, 1, 2, 4.0, 40.0, 0.8]  # gamma, accepted, tokens, draft_ms, verify_ms, predicted
 
@@ -24,6 +24,20 @@ def test_the_best_fixed_gamma_is_chosen_by_total_time():
     some = answers("fixed:2", [1.0, 5.0]) + answers("fixed:4", [2.0, 2.0]) + answers("adaptive", [0.1, 0.1])
     assert best_fixed(some) == "fixed:4"
     assert best_fixed(answers("off", [1.0])) is None
+
+
+def test_the_best_fixed_gamma_of_all_compressions_counts_each_alike():
+    # Over total seconds the slow compression would decide alone, and for fixed:4.
+    some = (answers("fixed:2", [1.0]) + answers("fixed:4", [3.0])
+            + answers("fixed:2", [120.0], "int8") + answers("fixed:4", [100.0], "int8"))
+    assert best_fixed(some) == "fixed:2"
+    assert best_fixed(select(some, compression="int8")) == "fixed:4"
+
+
+def test_ratios_are_of_the_same_task():
+    own = answers("fixed:2", [1.0]) + answers("fixed:2", [3.0], task="math")
+    other = answers("off", [2.0]) + answers("off", [3.0], task="math")
+    assert ratios(own, other) == {"code": 2.0, "math": 1.0, "all": 1.25}
 
 
 def test_pairs_are_kept_together():
@@ -48,9 +62,38 @@ def test_compressions_count_alike_however_slow_they_are():
     assert compare(some, "adaptive", {"bf16": "off", "int8": "off"}).ratio == pytest.approx(1.0)
 
 
+def test_a_prompt_is_one_prompt_at_however_many_compressions_it_is_answered():
+    # The same gains at two compressions are no more evidence than at one; drawn apart they would look like more.
+    gains = [0.7, 0.9, 1.0, 1.2, 1.5, 1.8]
+    some = [answer for name in ("bf16", "int8")
+            for answer in answers("adaptive", [1 / gain for gain in gains], name) + answers("off", [1.0] * 6, name)]
+    once, twice = compare(some, "adaptive", {"bf16": "off"}), compare(some, "adaptive", {"bf16": "off", "int8": "off"})
+    assert (once.lower, once.upper, once.p_value) == pytest.approx((twice.lower, twice.upper, twice.p_value))
+    assert once.upper - once.lower > 0.3
+
+
+def test_prompts_are_drawn_within_their_task():
+    # Within a task all prompts are alike, so no draw can differ from the sample; across tasks it would.
+    some = (answers("adaptive", [1.0] * 4) + answers("off", [4.0] * 4)
+            + answers("adaptive", [1.0] * 4, task="math") + answers("off", [1.0] * 4, task="math"))
+    test = compare(some, "adaptive", {"bf16": "off"})
+    assert test.lower == pytest.approx(2.5) and test.upper == pytest.approx(2.5)
+
+
+def test_a_single_prompt_a_task_has_no_interval():
+    some = [answer for task in ("code", "math") for answer in answers("adaptive", [1.0], task=task)
+            + answers("off", [2.0], task=task)]
+    test = compare(some, "adaptive", {"bf16": "off"})
+    assert (test.ratio, test.lower, test.upper, test.p_value) == (2.0, None, None, None)
+
+
 def test_policies_that_did_not_answer_the_same_prompts_are_refused():
     with pytest.raises(InputError, match="did not answer the same prompts"):
         compare(answers("adaptive", [1.0]) + answers("off", [1.0, 2.0]), "adaptive", {"bf16": "off"})
+    unequal = [answer for name, seconds in (("bf16", [1.0]), ("int8", [1.0, 2.0]))
+               for policy in ("adaptive", "off") for answer in answers(policy, seconds, name)]
+    with pytest.raises(InputError, match="did not answer the same prompts at int8"):
+        compare(unequal, "adaptive", {"bf16": "off", "int8": "off"})
 
 
 def test_figures_say_where_the_time_went():
