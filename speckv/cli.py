@@ -322,15 +322,21 @@ def compare(
     def load(compression):
         model, tokenizer = load_target(target, compression)
         return model, load_drafter(draft, model), lambda text: encode_prompt(tokenizer, text)
-    with CompareProgress() as progress:
-        answers = run(load, chosen, settings, output, progress)
+    try:
+        with CompareProgress() as progress:
+            answers = run(load, chosen, settings, output, progress)
+    except KeyboardInterrupt:
+        print(f"stopped; the answers so far lie in {output}, and the same command goes on from there", file=sys.stderr)
+        raise typer.Exit(130) from None
     result = summarize(answers, settings)
     write_json(output / "compare.json", result)
     report(result)
     plots = compare_plots.draw(result, answers, output)
     print(f"{output}: compare.json" + "".join(f", {name}" for name in plots))
+    if left_out := compare_plots.left_out(plots):
+        print(left_out, file=sys.stderr)
     if has_changed_text(result):
-        print("speckv: a text in fp32 differs from plain decoding: that is a defect", file=sys.stderr)
+        Console(stderr=True).print("speckv: a text in fp32 differs from plain decoding: that is a defect", style="red")
         raise typer.Exit(1)
 
 
