@@ -46,7 +46,7 @@ def _policies(result):
 
 def _speed(figure, result, answers):
     compressions, names = result["compressions"], _policies(result)
-    figure.set_size_inches(3.4 * len(compressions) + 1.5, 0.3 * len(names) + 1.6)
+    figure.set_size_inches(3.4 * len(compressions) + 1.5, 0.3 * len(names) + 1.8)
     all_axes = figure.subplots(1, len(compressions), sharey=True, squeeze=False)[0]
     for axes, (compression, one) in zip(all_axes, compressions.items(), strict=True):
         speeds = [one["policies"][name]["tokens_per_second"] for name in names]
@@ -61,7 +61,8 @@ def _speed(figure, result, answers):
         axes.set_title(compression)
         axes.set_xlabel("tokens per second")
     all_axes[0].invert_yaxis()
-    figure.suptitle(f"{OURS} orange, best fixed gamma in hindsight dark blue; × plain decoding (line)", fontsize=9)
+    figure.suptitle(f"orange: {OURS}; dark blue: best fixed γ in hindsight\n×: multiples of plain decoding, the line",
+                    fontsize=9)
     return True
 
 
