@@ -3,7 +3,7 @@
 From the signals after i draft tokens the MLP's f(signals, gamma) is fitted so that f(·, i) · i is the number of them
 that are accepted and f(·, i + 1) · (i + 1) exceeds it by 1 where token i + 1 would be accepted too, both in squared
 error, whose minimum is the probability. That difference is what plan_gamma weighs against a token's cost. Sequences are
-left out whole to judge the fit: the steps of one text are alike.
+left out whole to judge the fit, with all others of the same prompt: their steps are alike.
 """
 
 from dataclasses import dataclass
@@ -123,12 +123,16 @@ class Fit:
     figures: dict  # correlation and mean squared error, of one more token and of the number accepted; counts
 
 
-def fit_and_judge(sequences, seed: int = 0, about: dict | None = None, steps: int = STEPS) -> Fit:
-    """Fit on [(compression, [StepRecord])]; raises InputError where they are too few to leave some out."""
+def fit_and_judge(sequences, groups=None, seed: int = 0, about: dict | None = None, steps: int = STEPS) -> Fit:
+    """Fit on [(compression, [StepRecord])]; raises InputError where they are too few to leave some out.
+
+    groups numbers what a sequence belongs to, such as its prompt; those of a group are left out together.
+    """
     if len(sequences) < LEAST_SEQUENCES:
         raise InputError(f"{len(sequences)} sequences are too few: profile at least {LEAST_SEQUENCES}")
     data = examples(sequences)
-    held_out = data.sequence % HELD_OUT_EVERY == 0
+    groups = np.arange(len(sequences)) if groups is None else np.array(groups)
+    held_out = groups[data.sequence] % HELD_OUT_EVERY == 0
     judged = select(data, held_out)
     accepted, more = predict(fit(select(data, ~held_out), seed, steps=steps), judged)
     known = ~np.isnan(judged.more)

@@ -9,7 +9,7 @@ import numpy as np
 from speckv import paper_fit
 from speckv.compression import compression_level
 from speckv.controller import Controller
-from speckv.controller_fit import fit_and_judge
+from speckv.controller_fit import HELD_OUT_EVERY, fit_and_judge
 from speckv.errors import InputError
 from speckv.records import StepRecord
 from speckv.signals import Signal
@@ -42,8 +42,16 @@ def sequences(records) -> list:
     return list(texts.values())
 
 
+def prompts(records) -> list:
+    """The number of each text's prompt, the same for all texts that answer it."""
+    numbers, of_text = {}, {}
+    for row in records.steps.select(["sequence", "task", "prompt"]).to_pylist():
+        of_text[row["sequence"]] = numbers.setdefault((row["task"], row["prompt"]), len(numbers))
+    return list(of_text.values())
+
+
 def train(records, kind: str = "adaptive") -> Trained:
-    """A controller for the policy `kind`, judged on texts left out, then fitted on all.
+    """A controller for the policy `kind`, judged on prompts left out, then fitted on all.
 
     Raises InputError where the kind is unknown or the records are too few; "paper" needs scikit-learn.
     """
@@ -51,11 +59,11 @@ def train(records, kind: str = "adaptive") -> Trained:
         raise InputError(f"unknown kind of controller {kind!r}: choose one of {', '.join(KINDS)}")
     about = {"policy": kind, "step_records": str(len(records.steps))}
     if kind == "adaptive":
-        fitted = fit_and_judge(sequences(records), about=about)
+        fitted = fit_and_judge(sequences(records), prompts(records), about=about)
         return Trained(fitted.controller, fitted.figures)
     paper_fit.check_installed()
     inputs, acceptance, sequence = _paper_rows(sequences(records))
-    held_out = sequence % 5 == 0
+    held_out = np.array(prompts(records))[sequence] % HELD_OUT_EVERY == 0
     if not held_out.any() or held_out.all():
         raise InputError("the records hold too few texts with two steps or more: profile more prompts")
     judged = paper_fit.fit_mlp(inputs[~held_out], acceptance[~held_out])
@@ -79,4 +87,4 @@ def _paper_rows(texts):
     if not rows:
         raise InputError("the records hold no text with two steps that drafted: profile more prompts")
     table = np.array(rows, dtype=np.float64)
-    return table[:, :6], table[:, 6], table[:, 7]
+    return table[:, :6], table[:, 6], table[:, 7].astype(int)
