@@ -164,7 +164,7 @@ def test_the_kernels_import_nothing_of_the_rest_of_speckv(without_extension):
 
 
 def test_the_public_names_are_the_ops_and_serving():
-    assert kernels.__all__ == ["draft_sample", "draft_step", "linear_int8", "plan_gamma", "serving",
-                               "verify_chain"]
+    assert kernels.__all__ == ["decode_attention", "draft_sample", "draft_step", "linear_int8", "plan_gamma",
+                               "serving", "verify_chain"]
     for name in kernels.__all__:
         assert getattr(kernels, name).__doc__
