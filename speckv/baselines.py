@@ -1,4 +1,4 @@
-"""The published ways to choose how many tokens to draft, from their papers and at their defaults, for comparison.
+"""The published ways to choose how many tokens to draft, for comparison.
 
 Each is its authors' rule on the signals of one sequence. They look at the drafter alone: none knows what a token costs.
 """
@@ -60,7 +60,7 @@ class SVIP:
     """Stop after a token whose entropy H (in nats) is so high that the bound sqrt(H) on what the target may reject
     exceeds `threshold`: go on while sqrt(H) < threshold.
 
-    Source: Zhang et al., SVIP, arXiv 2411.18462, with the threshold of their larger pairs.
+    Source: Zhang et al., SVIP, arXiv 2411.18462. The threshold is ours, not checked against theirs.
     """
 
     threshold: float = 0.6
@@ -79,7 +79,7 @@ class AdaEDL:
     """Stop where a lower bound of the next token's acceptance, 1 - sqrt(gamma · H) with H in nats, falls below a
     threshold that follows the acceptance rate of this text.
 
-    Source: Agrawal et al., AdaEDL, arXiv 2410.18351, algorithm 1, with its constants.
+    Source: Agrawal et al., AdaEDL, arXiv 2410.18351, algorithm 1. The constants were not checked against the paper.
     """
 
     gamma: float = 0.2

@@ -104,9 +104,9 @@ def profile(load: Callable, prompts: dict, settings: ProfileSettings, folder,
             on_progress(parts.progress(len(cells)))
         report()
         for compression in settings.compressions:
-            todo = [cell for cell in missing if cell.compression == compression]
-            if todo:
-                _write_texts(load, todo, prompts, settings, parts, report)
+            unwritten = [cell for cell in missing if cell.compression == compression]
+            if unwritten:
+                _write_texts(load, unwritten, prompts, settings, parts, report)
     return read_records(folder)
 
 
