@@ -143,6 +143,9 @@ def distill(
     work: Annotated[Path | None, typer.Option(
         help=f"Folder for text and checkpoints; in the cache if not given. A token of text takes 2 bytes times the "
              f"target's hidden size times 4: 4.6 kB for '{EMBEDDED}', 1.9 GB for 400,000.")] = None,
+    seed: Annotated[int, typer.Option(
+        help="Which text is written: to train a drafter further on text that it has not seen, choose another seed and "
+             "another --work.")] = 0,
     threads: Threads = None,
 ):
     """Make a drafter for a target: it writes its own training text, and the drafter learns to write it too.
@@ -172,7 +175,7 @@ def distill(
         raise InputError("--hours and --epochs both say when training ends: give one of them")
     keep_freed_memory()
     _set_threads(threads)
-    corpus = CorpusSettings(tokens=tokens or (TOKENS if hours is None else MOST_TOKENS))
+    corpus = CorpusSettings(tokens=tokens or (TOKENS if hours is None else MOST_TOKENS), seed=seed)
     settings = DistillSettings(kind=kind, num_layers=layers, depth=depth, epochs=EPOCHS if epochs is None else epochs,
                                hours=hours, corpus=corpus)
     model, tokenizer = load_target(target, faster_dtype(default_device()))
