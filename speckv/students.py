@@ -39,6 +39,14 @@ def _last(target, hidden):
     return hidden[..., -target.config.get_text_config(decoder=True).hidden_size:]
 
 
+def _added_mask(seen):
+    """What is added to attention's scores [1, 1, L, keys] f32, where seen [L, keys] tells which keys count.
+
+    Of the implementations of attention in transformers, "eager", which Gemma 2 has by default, knows no other mask.
+    """
+    return torch.zeros(1, 1, *seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
 def _mixed_precision(target):
     """bf16 products where the target is held in bf16; many CPUs are faster without."""
     return torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype == torch.bfloat16)
@@ -131,7 +139,7 @@ class HeadStudent:
             mask = None  # causal
             if d > 1:
                 seen = [(distance >= d - 1) & (distance < window)] + [distance == d - m for m in range(2, d + 1)]
-                mask = torch.cat(seen, dim=1).expand(len(tokens), 1, -1, -1)
+                mask = _added_mask(torch.cat(seen, dim=1))
             outputs.append(self._head.hidden(
                 pad(brought[:, :-1], (0, 0, 1, 0)), tokens, past_key_values=cache, use_cache=depth > 1,
                 position_ids=position.unsqueeze(0), attention_mask=mask))

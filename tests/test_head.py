@@ -47,7 +47,7 @@ def test_greedy_output_is_that_of_plain_decoding(architecture, policy, length):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("architecture", ["llama", "gemma", "mistral-sliding"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma", "gemma2", "mistral-sliding"])
 def test_training_sees_what_the_loop_drafts(architecture):
     """Pass d at position j is what a session makes of it that has the target's features up to j - d."""
     target = tiny_model(architecture)

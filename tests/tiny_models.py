@@ -15,6 +15,7 @@ ARCHITECTURES = {
     "qwen2": lambda: transformers.Qwen2Config(**COMMON, **NARROW),
     "gpt2": lambda: transformers.GPT2Config(**COMMON, n_embd=32, n_layer=3, n_head=4),
     "gemma": lambda: transformers.GemmaConfig(**COMMON, **NARROW),
+    "gemma2": lambda: transformers.Gemma2Config(**COMMON, **NARROW, sliding_window=8),  # every second layer slides
     "mistral-sliding": lambda: transformers.MistralConfig(**COMMON, **NARROW, sliding_window=8),
 }
 
