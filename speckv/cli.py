@@ -115,9 +115,11 @@ def distill(
              "Needed unless --write-only.")] = None,
     target: Target = EMBEDDED,
     kind: Annotated[str, typer.Option(
-        help="'head': one layer that continues the target's hidden states, the cheapest drafter; 'lm': the target's "
-             "first layers, a language model of its own.")] = "head",
-    layers: Annotated[int, typer.Option(min=1, help="How many layers an 'lm' drafter keeps.")] = 2,
+        help="'head': one layer or a few that continue the target's hidden states, the cheapest drafter; 'lm': the "
+             "target's first layers, a language model of its own.")] = "head",
+    layers: Annotated[int | None, typer.Option(
+        min=1, show_default=False, help="How many layers the drafter has: if not given, 1 for a head, 2 for an 'lm'. "
+                                        "A draft token takes longer with more.")] = None,
     depth: Annotated[int, typer.Option(
         min=1, help="How many of its own tokens deep a head is trained, in the second half of the training. Deeper "
                     "makes long drafts better; a step then takes that many times as long.")] = 3,
@@ -133,7 +135,8 @@ def distill(
     ] = None,
     start_from: Annotated[str | None, typer.Option(
         help=f"Train this drafter further, of the same kind: a folder made by 'speckv distill', or '{EMBEDDED}' for "
-             "the shipped one. The outcome is never worse than it on held-out text.")] = None,
+             "the shipped one. The outcome is never worse than it on held-out text. A head with fewer --layers than "
+             "asked for is given more.")] = None,
     resume: Annotated[bool, typer.Option(
         help="Go on where the last run in the work folder stopped; --no-resume trains anew on the text that is there.")
     ] = True,

@@ -37,9 +37,10 @@ def distill(target, tokenizer, folder, work_folder, settings: DistillSettings, t
     target is dense (bf16 or fp32; the latter is faster on many CPUs); work_folder keeps text and checkpoints, and a
     run started again on it goes on where it stopped, or with resume=False trains anew on the same text. start_from is
     the folder of a drafter of the same kind to train further, or "smollm2" for the shipped one; else training starts
-    from the target's first layers. Beside the drafter lie a README, history.json with the figures of every
-    evaluation, and at the end, with matplotlib, training.png. Raises ModelError for a target that cannot be pruned,
-    and where work_folder belongs to another run; InputError where the disk has no room for the text.
+    from the target's first layers. A head may have fewer layers than asked for: it is given more, see head.grow. Beside
+    the drafter lie a README, history.json with the figures of every evaluation, and at the end, with matplotlib,
+    training.png. Raises ModelError for a target that cannot be pruned, and where work_folder belongs to another run;
+    InputError where the disk has no room for the text.
     """
     folder, work_folder = Path(folder), Path(work_folder)
     start = None
@@ -116,13 +117,15 @@ def _read_start(target, start_from, settings, folder, work_folder):
         (found,) = (name for name, kind in KINDS.items() if kind == card["kind"])
         raise InputError(f"{start_from} holds a drafter of kind {found!r}, asked for is {settings.kind!r}: to train it "
                          f"further say --kind {found}")
-    if settings.kind == "head":
-        head.build(target, tensors)
-    elif card.get("num_layers") != settings.num_layers:
-        raise InputError(f"{start_from} has {card.get('num_layers')} layers, asked for are {settings.num_layers}: to "
-                         f"train it further say --layers {card.get('num_layers')}")
+    is_head, wanted = settings.kind == "head", settings.num_layers
+    found = head.build(target, tensors).num_layers if is_head else card.get("num_layers")
+    if found != wanted and not (is_head and found < wanted):
+        raise InputError(f"{start_from} was made with --layers {found}, asked for is {wanted}: to train it further say "
+                         f"--layers {found}")
+    if is_head:
+        tensors = head.grow(target, tensors, wanted)
     else:
-        pruned.load(target, tensors, settings.num_layers)
+        pruned.load(target, tensors, wanted)
     return card["sha256"], tensors
 
 

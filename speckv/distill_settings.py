@@ -8,6 +8,7 @@ from speckv.corpus import CorpusSettings
 from speckv.errors import InputError
 
 KINDS = {"lm": pruned.KIND, "head": head.KIND}
+DEFAULT_LAYERS = {"lm": 2, "head": 1}
 HELD_OUT_ROWS = 32  # the first rows of shard 0; never trained on
 HISTORY_FILE = "history.json"
 
@@ -20,7 +21,7 @@ class DistillSettings:
     """
 
     kind: str = "head"
-    num_layers: int = 2         # of a pruned drafter
+    num_layers: int | None = None  # where not given, that of DEFAULT_LAYERS
     head_tokens: int = 16_384   # how many different tokens a head can draft
     depth: int = 3              # how many of its own tokens deep a head is trained
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
@@ -37,6 +38,8 @@ class DistillSettings:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise InputError(f"unknown kind of drafter {self.kind!r}: choose one of {', '.join(KINDS)}")
+        if self.num_layers is None:
+            object.__setattr__(self, "num_layers", DEFAULT_LAYERS[self.kind])
         numbers = (self.num_layers, self.head_tokens, self.depth, self.epochs, self.corpus.tokens, self.batch_rows,
                    self.loss_positions, self.warmup_steps, self.evaluate_every, 1 if self.hours is None else self.hours)
         if not all(math.isfinite(number) and number > 0 for number in numbers):
@@ -68,7 +71,11 @@ class Progress:
 
 
 def places(work_folder, settings):
-    """Where a kind of drafter keeps its checkpoint, the best drafter so far, and the time its text took."""
-    name = f"{settings.num_layers}-layers" if settings.kind == "lm" else "head"
+    """Where drafters of a kind and depth keep checkpoint, the best drafter so far, and the time their text took."""
+    layers = settings.num_layers
+    if settings.kind == "lm":
+        name = f"{layers}-layers"
+    else:
+        name = "head" if layers == 1 else f"{layers}-layer-head"  # work folders of before have heads of one layer
     checkpoint, best_folder, clock = f"checkpoint-{name}.safetensors", f"best-{name}", f"text-{name}.json"
     return work_folder / checkpoint, work_folder / best_folder, work_folder / clock

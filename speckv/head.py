@@ -1,9 +1,9 @@
-"""A feature head in the manner of EAGLE: one decoder layer that continues the target's own hidden states.
+"""A feature head in the manner of EAGLE: a decoder layer, or a few, that continue the target's own hidden states.
 
-At position i the layer is fed what the target made of position i - 1 joined with the embedding of token i, and its
+At position i the head is fed what the target made of position i - 1 joined with the embedding of token i, and its
 output stands for the last hidden state of position i: the output head makes of it the prediction of token i + 1, and
 the next draft token takes it in place of the target's. Embedding and output head are the target's own; the output
-head is cut to the tokens the target really writes, since in a small model it costs as much as the layer.
+head is cut to the tokens the target really writes, since in a small model it costs as much as a layer.
 
 Sources: Li et al., EAGLE, arXiv 2401.15077; features of several layers: EAGLE-3, arXiv 2503.01840.
 """
@@ -27,16 +27,16 @@ FARTHEST = 10.0  # standard deviations; the first tokens of a text have hidden s
 class FeatureHead(nn.Module):
     """A drafter for one target; a speckv.drafters.Drafter.
 
-    layer is a pruned model of one layer. tensors: combine [H, 2H] joins what the head made of the last position with
-    the embedding; fuse [H, n·H] takes the former's place where the target has read the position, and is fed its hidden
-    states after n layers, less center and times scale [n·H]; token_ids [S] i64 names the tokens the head can draft,
-    in ascending order.
+    decoder is a pruned model, which has the head's layers. tensors: combine [H, 2H] joins what the head made of the
+    last position with the embedding; fuse [H, n·H] takes the former's place where the target has read the position,
+    and is fed its hidden states after n layers, less center and times scale [n·H]; token_ids [S] i64 names the tokens
+    the head can draft, in ascending order.
     """
 
-    def __init__(self, target, layer, tensors: dict):
+    def __init__(self, target, decoder, tensors: dict):
         super().__init__()
-        check_rollback(layer, "drafter")
-        self.layer = layer
+        check_rollback(decoder, "drafter")
+        self.decoder = decoder
         self.combine = nn.Parameter(tensors[COMBINE], requires_grad=False)
         self.fuse = nn.Parameter(tensors[FUSE], requires_grad=False)
         self.center, self.scale = tensors[CENTER], tensors[SCALE]
@@ -52,12 +52,16 @@ class FeatureHead(nn.Module):
         self._bias = head.bias.detach()[self.token_ids] if getattr(head, "bias", None) is not None else None
         self._cap = getattr(target.config.get_text_config(), "final_logit_softcapping", None)
 
+    @property
+    def num_layers(self) -> int:
+        return self.decoder.config.get_text_config(decoder=True).num_hidden_layers
+
     def hold_in_int8(self) -> None:
         """Round the head's own matrices to int8, which draft as well as before for half of the reading.
 
         For drafting alone: such a head can be neither trained nor stored. What is the target's stays as it is.
         """
-        replace_linears(pruned.decoder_layers(self.layer)[1])
+        replace_linears(pruned.decoder_layers(self.decoder)[1])
         halves, fuse = [Int8Linear(half) for half in self._combine_halves()], Int8Linear(self.fuse)
         del self.combine, self.fuse  # a module cannot take the place of a parameter
         self.combine, self.fuse = nn.ModuleList(halves), fuse
@@ -78,9 +82,9 @@ class FeatureHead(nn.Module):
 
     def hidden(self, before, ids, **settings):
         """The head's last hidden states [B, n, H], from what the positions before bring [B, n, H], and ids [B, n]."""
-        embeddings = self.layer.get_input_embeddings()(ids)
+        embeddings = self.decoder.get_input_embeddings()(ids)
         joined = before + linear(embeddings, self._combine_halves()[1])
-        return self.layer.base_model(inputs_embeds=joined, **settings).last_hidden_state
+        return self.decoder.base_model(inputs_embeds=joined, **settings).last_hidden_state
 
     def logits(self, hidden):
         """Logits [..., S] over token_ids."""
@@ -91,7 +95,7 @@ class FeatureHead(nn.Module):
         """What is stored; raises ModelError for a head held in int8, which has lost it."""
         if isinstance(self.fuse, Int8Linear):
             raise ModelError("a head held in int8 cannot be stored: store the one it was made of")
-        return pruned.own_state(self.layer) | {
+        return pruned.own_state(self.decoder) | {
             COMBINE: self.combine.detach(), FUSE: self.fuse.detach(), CENTER: self.center, SCALE: self.scale,
             LAYERS: torch.tensor(self.wants_hidden, dtype=torch.int32), TOKEN_IDS: self.token_ids.int()}
 
@@ -104,13 +108,13 @@ class _HeadSession:
 
     def __init__(self, head):
         self._head = head
-        self._cache = DynamicCache(config=head.layer.config)
+        self._cache = DynamicCache(config=head.decoder.config)
         self._cache.activate_past_recording()
         self._length = 0  # positions in the cache
         self._exact = 0   # of these, how many were fed nothing but the target's own features
         self._observed = 0
         # [1, positions, H], what each brings to the next: from the target where observed, then from the head.
-        embedding = head.layer.get_input_embeddings().weight
+        embedding = head.decoder.get_input_embeddings().weight
         self._brought = embedding.new_zeros(1, 256, embedding.shape[1])
 
     def observe(self, hidden, start: int) -> None:
@@ -162,7 +166,7 @@ def feature_layers(target) -> tuple:
 
 
 def build(target, tensors: dict) -> FeatureHead:
-    """A head from its stored tensors; raises ModelError where they do not fit the target."""
+    """A head from its stored tensors, which say how many layers; raises ModelError where they do not fit the target."""
     config = target.config.get_text_config(decoder=True)
     size, count = config.hidden_size, config.num_hidden_layers
     tensors = dict(tensors)
@@ -184,26 +188,65 @@ def build(target, tensors: dict) -> FeatureHead:
             (token_ids < 0) | (token_ids >= vocabulary_size(target))).any() or (token_ids.diff() <= 0).any():
         raise ModelError("the drafter's token ids do not fit this target: they must be ascending ids of its vocabulary")
     embedding = target.get_input_embeddings().weight
-    layer = pruned.prune(target, 1)
-    pruned.fill(layer, tensors, embedding.dtype, embedding.device)
+    decoder = pruned.prune(target, max(1, pruned.stored_layers(target, tensors)))  # of none, fill tells what is missing
+    pruned.fill(decoder, tensors, embedding.dtype, embedding.device)
     own |= {key: own[key].to(embedding) for key in (COMBINE, FUSE)}
     own |= {key: own[key].to(embedding.device, torch.float32) for key in (CENTER, SCALE)}
-    return FeatureHead(target, layer, own | {TOKEN_IDS: token_ids.to(embedding.device)})
+    return FeatureHead(target, decoder, own | {TOKEN_IDS: token_ids.to(embedding.device)})
 
 
-def initial_tensors(target, token_ids, center, scale) -> dict:
-    """Where training starts: the target's first layer, fed the embedding alone until it learns what features add.
+def initial_tensors(target, token_ids, center, scale, num_layers: int = 1) -> dict:
+    """Where training starts: the target's first layers, fed the embedding alone until they learn what features add.
 
     center and scale [layers·H] f32 are the mean of the target's hidden states and one over their standard deviation.
     """
     size = target.config.get_text_config(decoder=True).hidden_size
     combine = torch.cat([torch.zeros(size, size), torch.eye(size)], dim=1)
-    return pruned.first_layers(target, 1) | {
+    return pruned.first_layers(target, num_layers) | {
         COMBINE: combine, FUSE: torch.zeros(size, len(center)),
         CENTER: center.bfloat16(), SCALE: scale.bfloat16(),  # as they will be stored
         LAYERS: torch.tensor(feature_layers(target), dtype=torch.int32), TOKEN_IDS: token_ids.int()}
 
 
+def grow(target, tensors: dict, num_layers: int) -> dict:
+    """The tensors of a head of num_layers layers that drafts exactly as the given one, which has no more of them.
+
+    Each new layer is a copy of the target's in its place, with zeros in what adds its attention and its MLP to the
+    residual stream: it passes on what it is given until it learns better. The target must be dense. Raises ModelError
+    where the target's layers are not known to allow that.
+    """
+    name, layers = pruned.decoder_layers(target)
+    size = target.config.get_text_config(decoder=True).hidden_size
+    silent = {f"{name}.{index}.{path}"
+              for index, layer in enumerate(layers) for path in _output_projections(layer, size)}
+    added = {key: torch.zeros_like(tensor) if key.rpartition(".")[0] in silent else tensor
+             for key, tensor in pruned.first_layers(target, num_layers).items() if key not in tensors}
+    grown = tensors | added
+    if not _agree(build(target, tensors), build(target, grown)):
+        raise ModelError(f"a head for {type(target).__name__} cannot be given more layers without a change of what it "
+                         "drafts: keep the layers it has, or train a deeper one from the start")
+    return grown
+
+
+def _output_projections(layer, size):
+    """The names of the linear maps that give a decoder layer's results, as models define them: in each part the last.
+
+    Parts are attention and MLP, or maps that lie in the layer itself; size is that of the residual stream.
+    """
+    for name, part in layer.named_children():
+        paths = [path for path, module in part.named_modules(prefix=name)
+                 if isinstance(module, nn.Linear) and module.out_features == size]
+        yield from paths[-1:]
+
+
+@torch.no_grad()
+def _agree(head, other):
+    """Whether two heads make the same of a few tokens, bit for bit."""
+    embedding = head.decoder.get_input_embeddings()
+    ids = torch.arange(4, device=embedding.weight.device).unsqueeze(0)
+    return torch.equal(*(each.hidden(embedding(ids), ids, use_cache=False) for each in (head, other)))
+
+
 def save(folder, head: FeatureHead, card: dict) -> None:
     """Write a head's folder: weights in bf16 and their card."""
-    drafter_folder.write(folder, KIND, head.own_tensors(), card)
+    drafter_folder.write(folder, KIND, head.own_tensors(), card | {"num_layers": head.num_layers})

@@ -9,7 +9,7 @@ from speckv.drafter_folder import CARD_FILE
 from speckv.files import atomic_file
 
 README_FILE = "README.md"
-KINDS = {"head": "a feature head: one layer that continues the target's own hidden states",
+KINDS = {"head": "a feature head, which continues the target's own hidden states",
          "pruned": "the target's first layers, with its own embedding and output head"}
 
 
@@ -29,6 +29,7 @@ def render(card: dict) -> str:
         ("target", f"{name}: {target['class']}, hidden size {target['hidden_size']}, vocabulary "
                    f"{target['vocabulary']:,}, identity `{target['identity']}`"),
         ("kind", KINDS[card["kind"]]),
+        ("layers", _num_layers(card)),
         ("size", f"{card['bytes'] / 1e6:.1f} MB"),
         ("text", f"{trained['tokens_of_text']:,} tokens, written by the target in answer to made-up questions; "
                  f"{GREEDY_SHARE:.0%} of the conversations greedily, the others at temperature {ANSWER_TEMPERATURE}"),
@@ -65,11 +66,16 @@ def command(card: dict) -> str:
     settings = card["trained"]["settings"]
     words = ["speckv", "distill", "--target", card["target"]["name"] or "TARGET", "--output", "FOLDER",
              "--kind", settings["kind"]]
-    words += ["--layers", settings["num_layers"]] if settings["kind"] == "lm" else ["--depth", settings["depth"]]
+    words += ["--layers", _num_layers(card)]
+    words += ["--depth", settings["depth"]] if settings["kind"] == "head" else []
     words += ["--tokens", settings["corpus"]["tokens"]]
     words += ["--hours", settings["hours"]] if settings["hours"] else ["--epochs", settings["epochs"]]
     words += ["--start-from", "DRAFTER"] if settings["start_from"] else []
     return shlex.join(str(word) for word in words)
+
+
+def _num_layers(card):
+    return card.get("num_layers", 1)  # a head's card of before does not say: there was only one
 
 
 def _repeatable(settings):

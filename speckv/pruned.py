@@ -70,6 +70,12 @@ def own_state(drafter) -> dict:
     return {key: tensor for key, tensor in drafter.base_model.state_dict().items() if key.split(".")[0] in own}
 
 
+def stored_layers(target, tensors: dict) -> int:
+    """How many decoder layers there are tensors of, named as in own_state."""
+    name, _ = decoder_layers(target)
+    return len({key.split(".")[1] for key in tensors if key.startswith(f"{name}.")})
+
+
 def fill(drafter, tensors: dict, dtype, device) -> None:
     """Give the drafter its own tensors; raises ModelError unless names and shapes are exactly those it wants."""
     wanted = own_state(drafter)

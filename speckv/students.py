@@ -115,8 +115,8 @@ class HeadStudent:
         self._device = target.device
         self._head = head.build(target, tensors)
         self._head.float()
-        names = pruned.own_state(self._head.layer).keys()
-        self.own = {key: value for key, value in self._head.layer.base_model.named_parameters() if key in names}
+        names = pruned.own_state(self._head.decoder).keys()
+        self.own = {key: value for key, value in self._head.decoder.base_model.named_parameters() if key in names}
         self.own |= {head.COMBINE: self._head.combine, head.FUSE: self._head.fuse}
 
     def _passes(self, tokens, hidden, depth):
@@ -129,23 +129,32 @@ class HeadStudent:
         length = tokens.shape[1]
         position = torch.arange(length, device=self._device)
         distance = position.unsqueeze(1) - position.unsqueeze(0)  # query - key
-        # Of full attention, whatever the layer's: a window would drop the keys of earlier passes, not of earlier
+        # Of full attention, whatever the layers': a window would drop the keys of earlier passes, not of earlier
         # positions. The masks keep to it instead.
         cache = DynamicCache() if depth > 1 else None
-        (layer,) = DynamicCache(config=self._head.layer.config).layers
-        window = layer.sliding_window if layer.is_sliding else length
+        windows = self._windows(length)
         brought, outputs = self._head.observed(hidden), []
         for d in range(1, depth + 1):
             mask = None  # causal
             if d > 1:
-                seen = [(distance >= d - 1) & (distance < window)] + [distance == d - m for m in range(2, d + 1)]
-                mask = _added_mask(torch.cat(seen, dim=1))
+                later = [distance == d - m for m in range(2, d + 1)]
+                masks = {kind: _added_mask(torch.cat([(distance >= d - 1) & (distance < window), *later], dim=1))
+                         for kind, window in windows.items()}
+                # Only a model whose layers may differ takes a mask for each kind.
+                mask = masks if len(masks) > 1 else masks.popitem()[1]
             outputs.append(self._head.hidden(
                 pad(brought[:, :-1], (0, 0, 1, 0)), tokens, past_key_values=cache, use_cache=depth > 1,
                 position_ids=position.unsqueeze(0), attention_mask=mask))
             if d < depth:
                 brought = self._head.continued(outputs[-1])
         return outputs
+
+    def _windows(self, length):
+        """How many positions back the layers attend, their own included, by the name of their kind."""
+        config = self._head.decoder.config
+        kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or ["any"] * self._head.num_layers
+        return {kind: layer.sliding_window if layer.is_sliding else length
+                for kind, layer in zip(kinds, DynamicCache(config=config).layers, strict=True)}
 
     def _depth_at(self, done):
         """One token deep for half of the training, where most is learnt for the least; then step by step deeper."""

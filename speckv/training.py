@@ -147,7 +147,7 @@ def _student(target, settings, sampler, start):
         return PrunedStudent(target, settings.num_layers, start)
     if start is None:
         frequent = sampler.frequent_tokens(settings.head_tokens, vocabulary_size(target))
-        start = head.initial_tensors(target, frequent, *sampler.feature_statistics())
+        start = head.initial_tensors(target, frequent, *sampler.feature_statistics(), settings.num_layers)
     return HeadStudent(target, settings.depth, start)
 
 

@@ -404,6 +404,40 @@ def test_a_drafter_that_cannot_be_trained_further_is_named(target, settings, fin
             run(target, **places, settings=dataclasses.replace(settings, num_layers=2), start_from=root / "drafter")
 
 
+def test_a_head_is_given_more_layers_and_starts_as_good_as_it_was(target, tmp_path):
+    one = dataclasses.replace(SETTINGS, kind="head", epochs=1, evaluate_every=100)
+    two = dataclasses.replace(one, num_layers=2)
+    work = tmp_path / "work"
+    run(target, tmp_path / "first", work, settings=one)
+    runs = {"same": one, "grown": two}
+    for name, settings in runs.items():
+        run(target, tmp_path / name / "drafter", work, settings=settings, start_from=tmp_path / "first", resume=False)
+    starts = [history(tmp_path / name)[0] for name in runs]
+    assert [start.pop("seconds") >= 0 for start in starts] == [True, True] and starts[0] == starts[1]
+    assert [card(tmp_path / name)["num_layers"] for name in runs] == [1, 2]
+    assert "--kind head --layers 2" in (tmp_path / "grown/drafter/README.md").read_text()
+    again, calls = run(target, tmp_path / "again", work, settings=two, start_from=tmp_path / "first")
+    assert not calls and again == card(tmp_path / "grown")["held_out"], "a run of another depth has its own checkpoint"
+    drafter = speckv.load_drafter(str(tmp_path / "grown/drafter"), target)
+    assert drafter.num_layers == 2
+    output = speckv.generate(target, drafter, prompt_ids(), max_new_tokens=30, policy="fixed:3", eos_token_id=[])
+    plain = speckv.generate(target, None, prompt_ids(), max_new_tokens=30, policy="off", eos_token_id=[])
+    assert torch.equal(output.sequences, plain.sequences)
+    with pytest.raises(InputError, match="say --layers 2"):
+        run(target, tmp_path / "fewer", work, settings=one, start_from=tmp_path / "grown/drafter")
+
+
+def test_the_number_of_layers_goes_with_the_kind(tmp_path):
+    assert [DistillSettings(kind=kind).num_layers for kind in ("head", "lm")] == [1, 2]
+    settings = [DistillSettings(kind=kind, num_layers=count) for kind in ("head", "lm") for count in (1, 2)]
+    places = [distill_settings.places(tmp_path, each) for each in settings]
+    assert places[0] == tuple(tmp_path / name for name in ("checkpoint-head.safetensors", "best-head",
+                                                            "text-head.json"))
+    assert len(set(itertools.chain(*places))) == 12
+    with pytest.raises(InputError, match="must be positive"):
+        DistillSettings(num_layers=0)
+
+
 def test_the_figures_of_every_evaluation_lie_beside_the_drafter(settings, finished):
     root, best, _ = finished
     entries = history(root)
@@ -454,10 +488,10 @@ def test_the_drafter_loads_shares_the_targets_weights_and_is_lossless(target, fi
     root, _, _ = finished
     drafter = speckv.load_drafter(str(root / "drafter"), target)
     assert all(parameter.requires_grad for parameter in target.parameters()), "the target is as it was"
-    layer = getattr(drafter, "layer", drafter)
-    assert layer.get_input_embeddings() is target.get_input_embeddings()
-    assert layer.get_output_embeddings() is target.get_output_embeddings()
-    assert len(layer.model.layers) == 1
+    decoder = getattr(drafter, "decoder", drafter)
+    assert decoder.get_input_embeddings() is target.get_input_embeddings()
+    assert decoder.get_output_embeddings() is target.get_output_embeddings()
+    assert len(decoder.model.layers) == 1
     ids = prompt_ids()
     output = speckv.generate(target, drafter, ids, max_new_tokens=30, policy="fixed:3", eos_token_id=[])
     assert torch.equal(output.sequences, target.generate(ids, do_sample=False, max_new_tokens=30, eos_token_id=None))
@@ -553,14 +587,17 @@ def test_too_many_layers_are_refused(target):
         pruned.prune(target, 3)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "gpt2", "gemma", "mistral-sliding"])
-def test_a_head_is_distilled_from_targets_of_other_kinds(architecture, tmp_path):
+@pytest.mark.parametrize("architecture, num_layers", [
+    ("qwen2", 1), ("gpt2", 1), ("gpt2", 2), ("gemma", 1), ("gemma2", 2), ("mistral-sliding", 1)])
+def test_a_head_is_distilled_from_targets_of_other_kinds(architecture, num_layers, tmp_path):
     target = tiny_model(architecture)
     target.generation_config.eos_token_id = distill_worker.END_OF_TURN
-    _, calls = run(target, tmp_path / "drafter", tmp_path / "work", settings=dataclasses.replace(SETTINGS, kind="head"))
+    settings = dataclasses.replace(SETTINGS, kind="head", num_layers=num_layers)
+    _, calls = run(target, tmp_path / "drafter", tmp_path / "work", settings=settings)
     losses = [call.loss for call in calls if call.loss is not None]
     assert sum(losses[-3:]) < sum(losses[:3])
     drafter = speckv.load_drafter(str(tmp_path / "drafter"), target)
+    assert drafter.num_layers == num_layers
     output = speckv.generate(target, drafter, prompt_ids(), max_new_tokens=12, policy="fixed:3", eos_token_id=[])
     plain = speckv.generate(target, None, prompt_ids(), max_new_tokens=12, policy="off", eos_token_id=[])
     assert torch.equal(output.sequences, plain.sequences)

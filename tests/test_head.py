@@ -14,18 +14,18 @@ from speckv.students import MATCH_GAMMA, HeadStudent
 ARCHITECTURES = ["llama", "qwen2", "gemma", "gpt2", "mistral-sliding"]
 
 
-def tiny_head(target, seed=0, drafts=60):
+def tiny_head(target, seed=0, drafts=60, num_layers=1):
     """A head with random joining weights that can draft `drafts` of the tokens."""
     generator = torch.Generator().manual_seed(seed)
     token_ids = torch.randperm(VOCABULARY, generator=generator)[:drafts].sort().values
-    return head.build(target, random_tensors(target, token_ids, generator))
+    return head.build(target, random_tensors(target, token_ids, generator, num_layers))
 
 
-def random_tensors(target, token_ids, generator=None):
+def random_tensors(target, token_ids, generator=None, num_layers=1):
     """Weights of a head that mixes features and embeddings at random."""
     size = 32 * len(head.feature_layers(target))
     center, scale = (torch.rand(size, generator=generator) for _ in range(2))
-    tensors = head.initial_tensors(target, token_ids, center, scale)
+    tensors = head.initial_tensors(target, token_ids, center, scale, num_layers)
     for key in (head.COMBINE, head.FUSE):
         tensors[key] = tensors[key] + 0.2 * torch.randn(tensors[key].shape, generator=generator)
     return tensors
@@ -46,14 +46,22 @@ def test_greedy_output_is_that_of_plain_decoding(architecture, policy, length):
     assert torch.equal(output.sequences, target.generate(ids, do_sample=False, max_new_tokens=30, pad_token_id=0))
 
 
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gemma2"])
+def test_greedy_output_with_two_layers_is_that_of_plain_decoding(architecture):
+    target = tiny_model(architecture)
+    ids = prompt_ids(12)
+    output = speckv.generate(target, tiny_head(target, num_layers=2), ids, max_new_tokens=30, policy="fixed:3")
+    assert torch.equal(output.sequences, target.generate(ids, do_sample=False, max_new_tokens=30, pad_token_id=0))
+
+
 @torch.inference_mode()
+@pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("architecture", ["llama", "gemma", "gemma2", "mistral-sliding"])
-def test_training_sees_what_the_loop_drafts(architecture):
+def test_training_sees_what_the_loop_drafts(architecture, num_layers):
     """Pass d at position j is what a session makes of it that has the target's features up to j - d."""
     target = tiny_model(architecture)
-    drafter = tiny_head(target, drafts=VOCABULARY)
-    student = HeadStudent(target, 3, random_tensors(target, drafter.token_ids))
-    student._head = drafter
+    drafter = tiny_head(target, drafts=VOCABULARY, num_layers=num_layers)
+    student = HeadStudent(target, 3, drafter.own_tensors())
     ids = prompt_ids(20)
     features = features_of(target, ids)
     passes = student._passes(ids, features, MATCH_GAMMA)
@@ -67,9 +75,10 @@ def test_training_sees_what_the_loop_drafts(architecture):
 
 
 @torch.inference_mode()
-def test_a_rollback_leaves_nothing_of_the_rejected_draft():
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_a_rollback_leaves_nothing_of_the_rejected_draft(num_layers):
     target = tiny_model()
-    drafter = tiny_head(target)
+    drafter = tiny_head(target, num_layers=num_layers)
     ids = prompt_ids(20)
     features = features_of(target, ids)
 
@@ -97,11 +106,13 @@ def test_a_head_never_drafts_outside_its_tokens():
     assert logits.isfinite().nonzero()[:, 1].tolist() == drafter.token_ids.tolist()
 
 
-def test_a_head_survives_its_folder(tmp_path):
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_a_head_survives_its_folder(tmp_path, num_layers):
     target = tiny_model()
-    drafter = tiny_head(target)
+    drafter = tiny_head(target, num_layers=num_layers)
     head.save(tmp_path, drafter, {})
     again = speckv.load_drafter(str(tmp_path), target)
+    assert again.num_layers == num_layers
     session, other = drafter.open(), again.open()
     for each in (session, other):
         each.observe(torch.ones(1, 4, 96), 0)
@@ -112,13 +123,17 @@ def test_a_head_survives_its_folder(tmp_path):
 @pytest.mark.parametrize("change, words", [
     (lambda tensors: tensors.pop(head.COMBINE), "lack"),
     (lambda tensors: tensors.pop(head.FUSE), "lack"),
+    (lambda tensors: tensors.pop("layers.0.self_attn.o_proj.weight"), "do not fit this target"),
+    (lambda tensors: [tensors.pop(key) for key in list(tensors) if "layers.0" in key], "do not fit this target"),
+    (lambda tensors: tensors.update({f"layers.{i}.mlp.down_proj.weight": torch.zeros(2) for i in (1, 2)}), "1 to 2"),
     (lambda tensors: tensors.update({head.COMBINE: torch.zeros(2, 2)}), "do not fit this target"),
     (lambda tensors: tensors.update({head.FUSE: torch.zeros(32, 2)}), "do not fit this target"),
     (lambda tensors: tensors.update({head.LAYERS: torch.tensor([1, 9, -1])}), "it has 3 layers"),
     (lambda tensors: tensors.update({head.TOKEN_IDS: torch.tensor([1, 1])}), "must be ascending"),
     (lambda tensors: tensors.update({head.TOKEN_IDS: torch.tensor([5, VOCABULARY])}), "must be ascending"),
     (lambda tensors: tensors.update({head.TOKEN_IDS: torch.zeros(0)}), "must be ascending"),
-], ids=["missing", "of before", "shape", "fewer layers", "no such layer", "twice", "too large", "none"])
+], ids=["missing", "of before", "part of a layer", "no layer", "too many layers",
+        "shape", "fewer layers", "no such layer", "twice", "too large", "none"])
 def test_a_head_that_does_not_fit_is_refused(tmp_path, change, words):
     target = tiny_model()
     tensors = tiny_head(target).own_tensors()
@@ -126,6 +141,53 @@ def test_a_head_that_does_not_fit_is_refused(tmp_path, change, words):
     drafter_folder.write(tmp_path, head.KIND, tensors, {})
     with pytest.raises(ModelError, match=words):
         speckv.load_drafter(str(tmp_path), target)
+
+
+def further_trained(drafter, seed=2):
+    """The tensors of a head whose layers are no longer the target's."""
+    generator = torch.Generator().manual_seed(seed)
+    return {key: tensor + 0.05 * torch.randn(tensor.shape, generator=generator) if tensor.dim() == 2 else tensor
+            for key, tensor in drafter.own_tensors().items()}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma", "gemma2", "mistral-sliding"])
+def test_a_head_that_is_given_a_layer_drafts_exactly_as_before(architecture):
+    target = tiny_model(architecture)
+    tensors = further_trained(tiny_head(target))
+    grown = head.grow(target, tensors, 2)
+    heads = [head.build(target, each) for each in (tensors, grown)]
+    assert [each.num_layers for each in heads] == [1, 2]
+    ids = prompt_ids(20)
+    features = features_of(target, ids)
+    sessions = [each.open() for each in heads]
+    for session in sessions:
+        session.observe(features[:, :12], 0)
+    for length in (12, 13, 14, 15):
+        assert torch.equal(*(session.next_logits(ids[:, :length]) for session in sessions))
+    passes = [HeadStudent(target, 3, each)._passes(ids, features, MATCH_GAMMA) for each in (tensors, grown)]
+    assert all(torch.equal(before, after) for before, after in zip(*passes, strict=True))
+    assert head.grow(target, grown, 2).keys() == grown.keys()
+
+
+def test_a_layer_that_a_head_is_given_learns():
+    target = tiny_model()
+    student = HeadStudent(target, 1, head.grow(target, tiny_head(target).own_tensors(), 2))
+    silent = [parameter for key, parameter in student.own.items()
+              if key in ("layers.1.self_attn.o_proj.weight", "layers.1.mlp.down_proj.weight")]
+    assert len(silent) == 2 and all((parameter == 0).all() for parameter in silent)
+    for parameter in student.own.values():
+        parameter.requires_grad_(True)
+    ids = prompt_ids(20)
+    (output,) = student._passes(ids, features_of(target, ids).detach(), 1)
+    output.square().mean().backward()
+    assert all((parameter.grad != 0).any() for parameter in silent)
+
+
+def test_a_target_whose_layers_cannot_be_added_unnoticed_is_named():
+    target = tiny_model("gpt2")  # its linear maps are of a class of their own
+    with pytest.raises(ModelError, match="a head for GPT2LMHeadModel cannot be given more layers"):
+        head.grow(target, tiny_head(target).own_tensors(), 2)
 
 
 def int8_head(target, **settings):
@@ -154,14 +216,15 @@ def test_a_linear_map_in_int8_is_off_by_half_a_step_a_weight(dtype, rows):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_head_in_int8_drafts_nearly_what_it_drafted_before(architecture):
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_a_head_in_int8_drafts_nearly_what_it_drafted_before(architecture, num_layers):
     target = tiny_model(architecture)
-    ids, sessions = prompt_ids(20), [tiny_head(target).open(), int8_head(target).open()]
+    ids, sessions = prompt_ids(20), [make(target, num_layers=num_layers).open() for make in (tiny_head, int8_head)]
     for session in sessions:
         session.observe(features_of(target, ids)[:, :12], 0)
     for length in (12, 13, 14, 20):
         plain, held = (session.next_logits(ids[:, :length]).softmax(-1) for session in sessions)
-        assert (plain - held).abs().sum() < 0.1
+        assert (plain - held).abs().sum() < 0.1 * num_layers
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -182,23 +245,24 @@ def own_bytes(drafter, target):
     return sum(tensor.nbytes for tensor in tensors if tensor.dim() == 2 and tensor.data_ptr() not in shared)
 
 
+@pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma"])
-def test_holding_a_head_in_int8_halves_its_memory_and_leaves_the_target_alone(architecture):
+def test_holding_a_head_in_int8_halves_its_memory_and_leaves_the_target_alone(architecture, num_layers):
     target = tiny_model(architecture).bfloat16()
     before = {name: (tensor, tensor.clone()) for name, tensor in target.state_dict(keep_vars=True).items()}
     modules = dict(target.named_modules())
-    drafter = tiny_head(target)
+    drafter = tiny_head(target, num_layers=num_layers)
     plain = own_bytes(drafter, target)
     drafter.hold_in_int8()
     assert own_bytes(drafter, target) == plain // 2
-    assert not any(type(module) is torch.nn.Linear for module in pruned.decoder_layers(drafter.layer)[1].modules())
+    assert not any(type(module) is torch.nn.Linear for module in pruned.decoder_layers(drafter.decoder)[1].modules())
     assert dict(target.named_modules()) == modules
     after = target.state_dict(keep_vars=True)
     assert after.keys() == before.keys()
     for name, (tensor, values) in before.items():
         assert after[name] is tensor and torch.equal(tensor, values)
-    assert drafter.layer.get_input_embeddings() is target.get_input_embeddings()
-    assert drafter.layer.get_output_embeddings() is target.get_output_embeddings()
+    assert drafter.decoder.get_input_embeddings() is target.get_input_embeddings()
+    assert drafter.decoder.get_output_embeddings() is target.get_output_embeddings()
 
 
 def test_a_head_in_int8_cannot_be_stored(tmp_path):
