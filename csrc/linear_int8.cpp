@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "checks.h"
+#include "linear_int8.h"
 #include "tensors.h"
-#include "vectors.h"
 
 namespace speckv {
 namespace {
@@ -14,21 +14,11 @@ namespace {
 using Int32s = int32_t __attribute__((vector_size(64)));
 using UInt32s = uint32_t __attribute__((vector_size(64)));
 
-constexpr int64_t kChunk = 4 * kLanes;  // weights in one vector
 constexpr int64_t kTileRows = 64;       // weight rows: with K = 576 they stay in L1, with K = 1,536 in L2
-constexpr int64_t kTileInputs = 4;      // rows of x: their sums fill half of AVX-512's registers
 // One core asks for too little ahead by itself: 4 KiB doubles what it gets from memory, 1 KiB gives half of that.
 constexpr int64_t kPrefetchBytes = 4096;
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the order of Chunk is that of a little-endian machine");
-
-// 64 elements of x in fp32 times 2^-24, those of index 0, 4, 8, ... first, then those of index 1, 5, 9, ... and so on.
-//
-// 64 weights are read as 16 integers of 32 bits, each of which holds four. A weight that is shifted to the top byte is
-// an integer of its own, 2^24 times the weight: no lane has to move, and every vector unit has the instructions.
-struct alignas(64) Chunk {
-    float values[kChunk];
-};
 
 // sums[input] += the products of 64 weights with a chunk of each input, in an order that does not depend on `inputs`.
 template <int inputs>
@@ -52,17 +42,10 @@ SPECKV_INLINE void add_products(const int8_t* weights, const Chunk* x, int64_t s
     }
 }
 
-// Rows of weights, each with a scale.
-struct Weights {
-    const int8_t* start;
-    int64_t stride;
-    int64_t columns;
-    const float* scale;
-};
-
 template <int inputs>
 SPECKV_INLINE void multiply_rows(
-    const Weights& weights, int64_t begin, int64_t end, const Chunk* x, int64_t stride, BlockBuffer& out) {
+    const Int8Weights& weights, int64_t begin, int64_t end, const Chunk* x, int64_t stride, float* out,
+    int64_t out_stride) {
     const int64_t whole = weights.columns / kChunk * kChunk;
     const int64_t rest = weights.columns - whole;
     for (int64_t row = begin; row < end; ++row) {
@@ -79,24 +62,24 @@ SPECKV_INLINE void multiply_rows(
         }
 #pragma GCC unroll 4
         for (int input = 0; input < inputs; ++input) {
-            out.values[input * kTileRows + row - begin] = sum_lanes(sums[input][0] + sums[input][1]) * weights.scale[row];
+            out[input * out_stride + row - begin] = sum_lanes(sums[input][0] + sums[input][1]) * weights.scale[row];
         }
     }
 }
 
-// out[input * kTileRows + row - begin] for up to kTileInputs inputs, whose chunks lie `stride` apart.
+}  // namespace
+
 SPECKV_CLONES void multiply_tile(
-    const Weights& weights, int64_t begin, int64_t end, const Chunk* x, int64_t stride, int64_t inputs,
-    BlockBuffer& out) {
+    const Int8Weights& weights, int64_t begin, int64_t end, const Chunk* x, int64_t stride, int64_t inputs, float* out,
+    int64_t out_stride) {
     switch (inputs) {
-        case 1: return multiply_rows<1>(weights, begin, end, x, stride, out);
-        case 2: return multiply_rows<2>(weights, begin, end, x, stride, out);
-        case 3: return multiply_rows<3>(weights, begin, end, x, stride, out);
-        default: return multiply_rows<4>(weights, begin, end, x, stride, out);
+        case 1: return multiply_rows<1>(weights, begin, end, x, stride, out, out_stride);
+        case 2: return multiply_rows<2>(weights, begin, end, x, stride, out, out_stride);
+        case 3: return multiply_rows<3>(weights, begin, end, x, stride, out, out_stride);
+        default: return multiply_rows<4>(weights, begin, end, x, stride, out, out_stride);
     }
 }
 
-// chunks receives the row, and zeros behind it.
 void arrange(const Row& row, Chunk* chunks) {
     BlockBuffer buffer;
     for (int64_t start = 0; start < row.size; start += kBlockSize) {
@@ -108,8 +91,10 @@ void arrange(const Row& row, Chunk* chunks) {
     }
 }
 
+namespace {
+
 // out [inputs, rows] of the inputs' dtype, contiguous. Weight rows are split over threads where they are many.
-void multiply(const Logits& inputs, int64_t num_inputs, const Weights& weights, int64_t rows, std::byte* out) {
+void multiply(const Logits& inputs, int64_t num_inputs, const Int8Weights& weights, int64_t rows, std::byte* out) {
     constexpr int64_t kElementsPerThread = int64_t{1} << 20;
     thread_local std::vector<Chunk> chunks;
     const int64_t stride = (weights.columns + kChunk - 1) / kChunk;
@@ -125,7 +110,7 @@ void multiply(const Logits& inputs, int64_t num_inputs, const Weights& weights, 
             const int64_t end = std::min(begin + kTileRows, rows);
             for (int64_t i = 0; i < num_inputs; i += kTileInputs) {
                 const int64_t count = std::min(kTileInputs, num_inputs - i);
-                multiply_tile(weights, begin, end, x + i * stride, stride, count, results);
+                multiply_tile(weights, begin, end, x + i * stride, stride, count, results.values, kTileRows);
                 for (int64_t j = 0; j < count; ++j) {
                     narrow(results.values + j * kTileRows, end - begin, inputs.dtype,
                            out + ((i + j) * rows + begin) * element_bytes(inputs.dtype));
@@ -172,7 +157,7 @@ Tensor linear_int8(const Tensor& x, const Tensor& weight, const Tensor& scale) {
     const Tensor scales = as_contiguous(scale);
     const int64_t rows = weight.size(0);
     Tensor out = empty<2>({x.size(0), rows}, dtype_of(x));
-    const Weights weights{data<int8_t>(weight), weight.stride(0), weight.size(1), data<float>(scales)};
+    const Int8Weights weights{data<int8_t>(weight), weight.stride(0), weight.size(1), data<float>(scales)};
     multiply(as_logits(x), x.size(0), weights, rows, mutable_data<std::byte>(out));
     return out;
 }

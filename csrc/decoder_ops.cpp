@@ -1,0 +1,222 @@
+// The ops that hold weights between calls: opened once for a model, then called by number.
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "checks.h"
+#include "decoder.h"
+
+namespace speckv {
+namespace {
+
+// Objects by number; one that is closed while it is at work lives until that is done.
+template <class Object>
+class Registry {
+public:
+    int64_t add(std::shared_ptr<const Object> object) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        objects_.emplace(++last_, std::move(object));
+        return last_;
+    }
+
+    std::shared_ptr<const Object> get(const char* op, int64_t number) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const auto found = objects_.find(number);
+        if (found == objects_.end()) {
+            refuse(op, "there is none of number ", number);
+        }
+        return found->second;
+    }
+
+    void remove(int64_t number) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        objects_.erase(number);
+    }
+
+private:
+    std::mutex mutex_;
+    std::map<int64_t, std::shared_ptr<const Object>> objects_;
+    int64_t last_ = 0;
+};
+
+Registry<Decoder>& decoders() {
+    static auto* const registry = new Registry<Decoder>;
+    return *registry;
+}
+
+Registry<Matrix>& matrices() {
+    static auto* const registry = new Registry<Matrix>;
+    return *registry;
+}
+
+constexpr size_t kModelTensors = 3;   // final norm, inverse frequencies, table
+constexpr size_t kLayerTensors = 25;  // four norms, seven matrices of three tensors
+
+std::vector<float> vector_of(const char* op, const char* name, const Tensor& tensor, int64_t size, bool is_optional) {
+    if (is_optional && tensor.numel() == 0) {
+        return {};
+    }
+    check_shape(op, name, tensor, {size});
+    check_float32(op, name, tensor);
+    const Tensor whole = as_contiguous(tensor);
+    return {data<float>(whole), data<float>(whole) + size};
+}
+
+int64_t open_decoder(
+    std::vector<Tensor> tensors, int64_t heads, int64_t groups, int64_t head_size, double epsilon,
+    double attention_scale, double rotary_scale) {
+    const char* const op = "open_decoder";
+    if (tensors.size() < kModelTensors + kLayerTensors ||
+        (tensors.size() - kModelTensors) % kLayerTensors != 0) {
+        refuse(op, "tensors must be 3, and 25 for each layer");
+    }
+    if (heads < 1 || groups < 1 || heads % groups != 0 || head_size < 2 || head_size % 2 != 0) {
+        refuse(op, "heads must be a multiple of groups, and head_size even");
+    }
+    auto decoder = std::make_shared<Decoder>();
+    decoder->heads = heads;
+    decoder->groups = groups;
+    decoder->head_size = head_size;
+    decoder->epsilon = static_cast<float>(epsilon);
+    decoder->attention_scale = static_cast<float>(attention_scale);
+    decoder->rotary_scale = static_cast<float>(rotary_scale);
+    check_shape(op, "final_norm", tensors[0], {kAnySize});
+    decoder->hidden = tensors[0].size(0);
+    decoder->final_norm = vector_of(op, "final_norm", tensors[0], decoder->hidden, false);
+    decoder->inverse_frequencies = vector_of(op, "inverse_frequencies", tensors[1], head_size / 2, false);
+    decoder->intermediate = 0;
+    for (size_t at = kModelTensors; at < tensors.size(); at += kLayerTensors) {
+        Layer& layer = decoder->layers.emplace_back();
+        layer.input_norm = vector_of(op, "input_norm", tensors[at], decoder->hidden, false);
+        layer.attention_norm = vector_of(op, "attention_norm", tensors[at + 1], decoder->hidden, false);
+        layer.query_norm = vector_of(op, "query_norm", tensors[at + 2], head_size, true);
+        layer.key_norm = vector_of(op, "key_norm", tensors[at + 3], head_size, true);
+        size_t next = at + 4;
+        const auto matrix = [&](const char* name, int64_t rows, int64_t columns) {
+            auto made = make_matrix(op, name, tensors[next], tensors[next + 1], tensors[next + 2], tensors[2]);
+            next += 3;
+            if (made->is_empty() || (rows != kAnySize && made->rows != rows) || made->columns != columns) {
+                refuse(op, name, " must be [", rows, ", ", columns, "], got [", made->rows, ", ", made->columns, "]");
+            }
+            return made;
+        };
+        layer.query = matrix("query", heads * head_size, decoder->hidden);
+        layer.key = matrix("key", groups * head_size, decoder->hidden);
+        layer.value = matrix("value", groups * head_size, decoder->hidden);
+        layer.output = matrix("output", decoder->hidden, heads * head_size);
+        layer.gate = matrix("gate", kAnySize, decoder->hidden);
+        layer.up = matrix("up", layer.gate->rows, decoder->hidden);
+        layer.down = matrix("down", decoder->hidden, layer.gate->rows);
+        if (decoder->intermediate != 0 && layer.gate->rows != decoder->intermediate) {
+            refuse(op, "all layers must have one width");
+        }
+        decoder->intermediate = layer.gate->rows;
+    }
+    return decoders().add(std::move(decoder));
+}
+
+void close_decoder(int64_t decoder) {
+    decoders().remove(decoder);
+}
+
+Dtype cache_dtype(const char* op, const Tensor& keys, const Tensor& values, const Decoder& decoder) {
+    check_shape(op, "keys", keys, {static_cast<int64_t>(decoder.layers.size()), decoder.groups, kAnySize,
+                                   decoder.head_size});
+    check_shape(op, "values", values, {keys.size(0), keys.size(1), keys.size(2), keys.size(3)});
+    check_floating(op, "keys", keys);
+    if (dtype_of(values) != dtype_of(keys) || !keys.is_contiguous() || !values.is_contiguous()) {
+        refuse(op, "keys and values must be contiguous and of one dtype");
+    }
+    return as_logits(keys).dtype;
+}
+
+std::tuple<Tensor, Tensor> read_decoder(
+    int64_t number, Tensor x, Tensor keys, Tensor values, int64_t start, std::vector<int64_t> layers) {
+    const char* const op = "read_decoder";
+    const auto decoder = decoders().get(op, number);
+    check_shape(op, "x", x, {kAnySize, decoder->hidden});
+    check_float32(op, "x", x);
+    const Cache cache{mutable_data<std::byte>(keys), mutable_data<std::byte>(values),
+                      cache_dtype(op, keys, values, *decoder), keys.size(2)};
+    const int64_t count = x.size(0);
+    if (start < 0 || count < 1 || start + count > cache.capacity) {
+        refuse(op, "the cache has room for ", cache.capacity, " tokens, not for ", count, " more after ", start);
+    }
+    if (!std::is_sorted(layers.begin(), layers.end())) {
+        refuse(op, "layers must be ascending");
+    }
+    const int64_t hidden = decoder->hidden, width = hidden * static_cast<int64_t>(layers.size());
+    Tensor states = empty_float32<2>({count, width});
+    Tensor last = empty_float32<2>({count, hidden});
+    const Tensor embedded = as_contiguous(x);
+    static thread_local std::vector<float> residual;
+    residual.assign(data<float>(embedded), data<float>(embedded) + count * hidden);
+    {
+        TeamLease team(torch::stable::get_num_threads());
+        read_tokens(*decoder, *team, cache, start, count, residual.data(), layers, mutable_data<float>(states), width);
+    }
+    for (int64_t token = 0; token < count; ++token) {
+        normalize(residual.data() + token * hidden, decoder->final_norm.data(), hidden, decoder->epsilon,
+                  mutable_data<float>(last) + token * hidden);
+    }
+    return {last, states};
+}
+
+int64_t open_matrix(Tensor weight, Tensor scale, Tensor bias, Tensor table) {
+    std::shared_ptr<const Matrix> matrix = make_matrix("open_matrix", "weight", weight, scale, bias, table);
+    if (matrix->is_empty()) {
+        refuse("open_matrix", "weight must have at least one row");
+    }
+    return matrices().add(std::move(matrix));
+}
+
+void close_matrix(int64_t matrix) {
+    matrices().remove(matrix);
+}
+
+Tensor multiply_matrix(int64_t number, Tensor x) {
+    const char* const op = "multiply_matrix";
+    const auto matrix = matrices().get(op, number);
+    check_shape(op, "x", x, {kAnySize, matrix->columns});
+    check_float32(op, "x", x);
+    const Tensor whole = as_contiguous(x);
+    Tensor out = empty_float32<2>({x.size(0), matrix->rows});
+    static thread_local Inputs inputs;
+    inputs.set(data<float>(whole), x.size(0), matrix->columns);
+    inputs.arrange_for(matrix->format);
+    TeamLease team(torch::stable::get_num_threads());
+    multiply(*matrix, *team, inputs, mutable_data<float>(out));
+    return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(speckv, m) {
+    m.def("open_decoder(Tensor[] tensors, int heads, int groups, int head_size, float epsilon, float attention_scale,"
+          " float rotary_scale) -> int");
+    m.def("close_decoder(int decoder) -> ()");
+    m.def("read_decoder(int decoder, Tensor x, Tensor(a!) keys, Tensor(b!) values, int start, int[] layers)"
+          " -> (Tensor last, Tensor states)");
+    m.def("open_matrix(Tensor weight, Tensor scale, Tensor bias, Tensor table) -> int");
+    m.def("close_matrix(int matrix) -> ()");
+    m.def("multiply_matrix(int matrix, Tensor x) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(speckv, CPU, m) {
+    m.impl("open_decoder", TORCH_BOX(&open_decoder));
+    m.impl("read_decoder", TORCH_BOX(&read_decoder));
+    m.impl("open_matrix", TORCH_BOX(&open_matrix));
+    m.impl("multiply_matrix", TORCH_BOX(&multiply_matrix));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(speckv, CompositeExplicitAutograd, m) {
+    m.impl("close_decoder", TORCH_BOX(&close_decoder));
+    m.impl("close_matrix", TORCH_BOX(&close_matrix));
+}
+
+}  // namespace speckv

@@ -1,0 +1,386 @@
+#include "products.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "linear_int8.h"
+#include "matrices.h"
+#include "vectors.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace speckv {
+namespace {
+
+using UInt32s = uint32_t __attribute__((vector_size(64)));
+
+// A core asks for too little ahead by itself, see linear_int8.cpp.
+constexpr int64_t kPrefetchBytes = 4096;
+
+SPECKV_INLINE Floats as_floats(const UInt32s& bits) {
+    Floats values;
+    std::memcpy(&values, &bits, sizeof(values));
+    return values;
+}
+
+template <int inputs>
+SPECKV_INLINE void rows_float32(
+    const float* weights, int64_t rows, int64_t columns, const float* x, float* out, int64_t stride) {
+    const int64_t whole = columns / kLanes * kLanes;
+    for (int64_t row = 0; row < rows; ++row) {
+        const float* const values = weights + row * columns;
+        Floats sums[inputs] = {};
+        for (int64_t i = 0; i < whole; i += kLanes) {
+            __builtin_prefetch(reinterpret_cast<const char*>(values + i) + kPrefetchBytes);
+            Floats weight;
+            load(values + i, weight);
+#pragma GCC unroll 4
+            for (int input = 0; input < inputs; ++input) {
+                Floats value;
+                load(x + input * columns + i, value);
+                sums[input] += weight * value;
+            }
+        }
+#pragma GCC unroll 4
+        for (int input = 0; input < inputs; ++input) {
+            float sum = sum_lanes(sums[input]);
+            for (int64_t i = whole; i < columns; ++i) {
+                sum += values[i] * x[input * columns + i];
+            }
+            out[input * stride + row] = sum;
+        }
+    }
+}
+
+// The two bf16 of each 32 bits, those of even index and those of odd index, in fp32.
+SPECKV_INLINE void load_pairs(const uint16_t* from, Floats& even, Floats& odd) {
+    UInt32s bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    even = as_floats(bits << 16);
+    odd = as_floats(bits & 0xffff0000u);
+}
+
+template <int inputs>
+SPECKV_INLINE void rows_bfloat16(
+    const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, float* out, int64_t stride) {
+    constexpr int64_t step = 2 * kLanes;
+    const int64_t whole = columns / step * step;
+    for (int64_t row = 0; row < rows; ++row) {
+        const uint16_t* const values = weights + row * columns;
+        Floats sums[inputs][2] = {};
+        const auto add = [&](const uint16_t* from, const uint16_t* by, int64_t distance) {
+            Floats even, odd;
+            load_pairs(from, even, odd);
+#pragma GCC unroll 4
+            for (int input = 0; input < inputs; ++input) {
+                Floats even_value, odd_value;
+                load_pairs(by + input * distance, even_value, odd_value);
+                sums[input][0] += even * even_value;
+                sums[input][1] += odd * odd_value;
+            }
+        };
+        for (int64_t i = 0; i < whole; i += step) {
+            __builtin_prefetch(reinterpret_cast<const char*>(values + i) + kPrefetchBytes);
+            add(values + i, x + i, columns);
+        }
+        if (whole < columns) {
+            uint16_t padded[step] = {}, padded_x[inputs * step] = {};
+            std::memcpy(padded, values + whole, (columns - whole) * sizeof(uint16_t));
+            for (int input = 0; input < inputs; ++input) {
+                std::memcpy(padded_x + input * step, x + input * columns + whole, (columns - whole) * sizeof(uint16_t));
+            }
+            add(padded, padded_x, step);
+        }
+#pragma GCC unroll 4
+        for (int input = 0; input < inputs; ++input) {
+            out[input * stride + row] = sum_lanes(sums[input][0] + sums[input][1]);
+        }
+    }
+}
+
+SPECKV_INLINE Floats look_up(const Floats& table, const UInt32s& index) {
+#if defined(__GNUC__) && !defined(__clang__)
+    return __builtin_shuffle(table, index);
+#else
+    Floats values;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+        values[lane] = table[index[lane] & 15];
+    }
+    return values;
+#endif
+}
+
+SPECKV_INLINE void load_scale(const uint16_t* from, Floats& scale) {
+    using UInt16s = uint16_t __attribute__((vector_size(32)));
+    UInt16s halves;
+    std::memcpy(&halves, from, sizeof(halves));
+    scale = as_floats(__builtin_convertvector(halves, UInt32s) << 16);
+}
+
+SPECKV_INLINE float from_half(uint16_t half) {
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+template <int inputs>
+SPECKV_INLINE void block_four_bit(
+    const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table_values, int64_t columns,
+    const uint16_t* x, float* out, int64_t stride) {
+    using UInt16s = uint16_t __attribute__((vector_size(32)));
+    constexpr int64_t pair_bytes = kBlockRows;
+    Floats table;
+    load(table_values, table);
+    Floats totals[inputs][2] = {};
+    for (int64_t first = 0; first < columns; first += kScaledColumns) {
+        Floats sums[inputs][2] = {};
+        for (int64_t column = first; column < first + kScaledColumns; column += 2) {
+            const uint8_t* const from = indices + column / 2 * pair_bytes;
+            __builtin_prefetch(from + kPrefetchBytes);
+            UInt16s bytes;
+            std::memcpy(&bytes, from, sizeof(bytes));
+            const UInt32s index = __builtin_convertvector(bytes, UInt32s);
+            const Floats low[2] = {look_up(table, index & 15), look_up(table, index >> 8 & 15)};
+            const Floats high[2] = {look_up(table, index >> 4 & 15), look_up(table, index >> 12)};
+#pragma GCC unroll 4
+            for (int input = 0; input < inputs; ++input) {
+                const float values[2] = {
+                    from_half(x[input * columns + column]), from_half(x[input * columns + column + 1])};
+                sums[input][0] += low[0] * values[0];
+                sums[input][0] += low[1] * values[1];
+                sums[input][1] += high[0] * values[0];
+                sums[input][1] += high[1] * values[1];
+            }
+        }
+        Floats scales[2];
+        const uint16_t* const row_scale = scale + first / kScaledColumns * scale_stride;
+        load_scale(row_scale, scales[0]);
+        load_scale(row_scale + kLanes, scales[1]);
+#pragma GCC unroll 4
+        for (int input = 0; input < inputs; ++input) {
+            totals[input][0] += sums[input][0] * scales[0];
+            totals[input][1] += sums[input][1] * scales[1];
+        }
+    }
+#pragma GCC unroll 4
+    for (int input = 0; input < inputs; ++input) {
+        store(totals[input][0], out + input * stride);
+        store(totals[input][1], out + input * stride + kLanes);
+    }
+}
+
+#if defined(__x86_64__)
+#define SPECKV_BF16_UNITS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")))
+
+
+// The lanes of four vectors added up, in an order of its own for each.
+SPECKV_BF16_UNITS inline __m128 sum_four(__m512 a, __m512 b, __m512 c, __m512 d) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512 four = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
+}
+
+// Row after row: with several at a time a core reads less than two thirds as fast.
+template <int inputs>
+SPECKV_BF16_UNITS void rows_in_units(
+    const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, float* out, int64_t stride) {
+    const int64_t whole = columns / 64 * 64;
+    for (int64_t row = 0; row < rows; ++row) {
+        const uint16_t* const values = weights + row * columns;
+        __m512 sums[inputs][2];
+        for (auto& sum : sums) {
+            sum[0] = sum[1] = _mm512_setzero_ps();
+        }
+        for (int64_t i = 0; i < whole; i += 64) {
+            for (int chain = 0; chain < 2; ++chain) {
+                const uint16_t* const from = values + i + 32 * chain;
+                _mm_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes, _MM_HINT_T0);
+                const auto weight = (__m512bh)_mm512_loadu_si512(from);
+#pragma GCC unroll 4
+                for (int input = 0; input < inputs; ++input) {
+                    const auto value = (__m512bh)_mm512_loadu_si512(x + input * columns + i + 32 * chain);
+                    sums[input][chain] = _mm512_dpbf16_ps(sums[input][chain], weight, value);
+                }
+            }
+        }
+        for (int64_t i = whole; i < columns; i += 32) {
+            const int64_t left = std::min<int64_t>(32, columns - i);
+            const auto mask = static_cast<__mmask32>((uint64_t{1} << left) - 1);
+            const auto weight = (__m512bh)_mm512_maskz_loadu_epi16(mask, values + i);
+            for (int input = 0; input < inputs; ++input) {
+                const auto value = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + input * columns + i);
+                sums[input][0] = _mm512_dpbf16_ps(sums[input][0], weight, value);
+            }
+        }
+        __m512 wholes[4];
+        for (int input = 0; input < 4; ++input) {
+            wholes[input] = input < inputs ? _mm512_add_ps(sums[input % inputs][0], sums[input % inputs][1])
+                                           : _mm512_setzero_ps();
+        }
+        alignas(16) float four[4];
+        _mm_store_ps(four, sum_four(wholes[0], wholes[1], wholes[2], wholes[3]));
+        for (int input = 0; input < inputs; ++input) {
+            out[input * stride + row] = four[input];
+        }
+    }
+}
+
+SPECKV_BF16_UNITS inline __m512 widen_scale(const uint16_t* from) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+template <int inputs>
+SPECKV_BF16_UNITS void block_in_units(
+    const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table_values, int64_t columns,
+    const uint16_t* x, float* out, int64_t stride) {
+    // Twice the 16 values: the lookup reads five bits, of which the highest belongs to the other row.
+    alignas(64) uint16_t halves[32];
+    for (int i = 0; i < 32; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, table_values + i % 16, sizeof(bits));
+        halves[i] = static_cast<uint16_t>(bits >> 16);
+    }
+    const __m512i table = _mm512_load_si512(halves);
+    __m512 totals[inputs][2];
+    for (auto& total : totals) {
+        total[0] = total[1] = _mm512_setzero_ps();
+    }
+    for (int64_t first = 0; first < columns; first += kScaledColumns) {
+        // Two chains for each half of the block: one would wait for its own result.
+        __m512 sums[inputs][2][2];
+        for (auto& sum : sums) {
+            sum[0][0] = sum[0][1] = sum[1][0] = sum[1][1] = _mm512_setzero_ps();
+        }
+#pragma GCC unroll 2
+        for (int64_t column = first; column < first + kScaledColumns; column += 4) {
+            const uint8_t* const from = indices + column / 2 * kBlockRows;
+            _mm_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes, _MM_HINT_T0);
+#pragma GCC unroll 2
+            for (int chain = 0; chain < 2; ++chain) {
+                const __m512i index = _mm512_cvtepu8_epi16(
+                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + chain * kBlockRows)));
+                const auto low = (__m512bh)_mm512_permutexvar_epi16(index, table);
+                const auto high = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(index, 4), table);
+#pragma GCC unroll 4
+                for (int input = 0; input < inputs; ++input) {
+                    int32_t pair;
+                    std::memcpy(&pair, x + input * columns + column + 2 * chain, sizeof(pair));
+                    const auto value = (__m512bh)_mm512_set1_epi32(pair);
+                    sums[input][0][chain] = _mm512_dpbf16_ps(sums[input][0][chain], low, value);
+                    sums[input][1][chain] = _mm512_dpbf16_ps(sums[input][1][chain], high, value);
+                }
+            }
+        }
+        const uint16_t* const row_scale = scale + first / kScaledColumns * scale_stride;
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            const __m512 scales = widen_scale(row_scale + half * kLanes);
+#pragma GCC unroll 4
+            for (int input = 0; input < inputs; ++input) {
+                const __m512 sum = _mm512_add_ps(sums[input][half][0], sums[input][half][1]);
+                totals[input][half] = _mm512_fmadd_ps(sum, scales, totals[input][half]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int input = 0; input < inputs; ++input) {
+        _mm512_storeu_ps(out + input * stride, totals[input][0]);
+        _mm512_storeu_ps(out + input * stride + kLanes, totals[input][1]);
+    }
+}
+#endif
+
+bool detect_bf16_units() {
+    const char* const wanted = std::getenv("SPECKV_BF16_UNITS");
+    if (wanted != nullptr && std::strcmp(wanted, "0") == 0) {
+        return false;
+    }
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#else
+    return false;
+#endif
+}
+
+SPECKV_CLONES void bfloat16_anywhere(
+    const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, int64_t inputs, float* out,
+    int64_t stride) {
+    switch (inputs) {
+        case 1: return rows_bfloat16<1>(weights, rows, columns, x, out, stride);
+        case 2: return rows_bfloat16<2>(weights, rows, columns, x, out, stride);
+        case 3: return rows_bfloat16<3>(weights, rows, columns, x, out, stride);
+        default: return rows_bfloat16<4>(weights, rows, columns, x, out, stride);
+    }
+}
+
+SPECKV_CLONES void four_bit_anywhere(
+    const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table, int64_t columns,
+    const uint16_t* x, int64_t inputs, float* out, int64_t stride) {
+    switch (inputs) {
+        case 1: return block_four_bit<1>(indices, scale, scale_stride, table, columns, x, out, stride);
+        case 2: return block_four_bit<2>(indices, scale, scale_stride, table, columns, x, out, stride);
+        case 3: return block_four_bit<3>(indices, scale, scale_stride, table, columns, x, out, stride);
+        default: return block_four_bit<4>(indices, scale, scale_stride, table, columns, x, out, stride);
+    }
+}
+
+}  // namespace
+
+bool has_bf16_units() {
+    static const bool has = detect_bf16_units();
+    return has;
+}
+
+SPECKV_CLONES void multiply_float32(
+    const float* weights, int64_t rows, int64_t columns, const float* x, int64_t inputs, float* out, int64_t stride) {
+    switch (inputs) {
+        case 1: return rows_float32<1>(weights, rows, columns, x, out, stride);
+        case 2: return rows_float32<2>(weights, rows, columns, x, out, stride);
+        case 3: return rows_float32<3>(weights, rows, columns, x, out, stride);
+        default: return rows_float32<4>(weights, rows, columns, x, out, stride);
+    }
+}
+
+void multiply_bfloat16(
+    const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, int64_t inputs, float* out,
+    int64_t stride) {
+#if defined(__x86_64__)
+    if (has_bf16_units()) {
+        switch (inputs) {
+            case 1: return rows_in_units<1>(weights, rows, columns, x, out, stride);
+            case 2: return rows_in_units<2>(weights, rows, columns, x, out, stride);
+            case 3: return rows_in_units<3>(weights, rows, columns, x, out, stride);
+            default: return rows_in_units<4>(weights, rows, columns, x, out, stride);
+        }
+    }
+#endif
+    bfloat16_anywhere(weights, rows, columns, x, inputs, out, stride);
+}
+
+void multiply_four_bit(
+    const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table, int64_t columns,
+    const uint16_t* x, int64_t inputs, float* out, int64_t stride) {
+#if defined(__x86_64__)
+    if (has_bf16_units()) {
+        switch (inputs) {
+            case 1: return block_in_units<1>(indices, scale, scale_stride, table, columns, x, out, stride);
+            case 2: return block_in_units<2>(indices, scale, scale_stride, table, columns, x, out, stride);
+            case 3: return block_in_units<3>(indices, scale, scale_stride, table, columns, x, out, stride);
+            default: return block_in_units<4>(indices, scale, scale_stride, table, columns, x, out, stride);
+        }
+    }
+#endif
+    four_bit_anywhere(indices, scale, scale_stride, table, columns, x, inputs, out, stride);
+}
+
+}  // namespace speckv

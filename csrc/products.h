@@ -1,0 +1,27 @@
+// The inner loops of a product of weights with up to kTileInputs rows of inputs, one for each format of weights.
+//
+// Where a processor multiplies pairs of bf16 (AVX512-BF16) there is a second build of the bf16 and 4-bit loops for it,
+// chosen when the process starts; the sums of the two round differently. SPECKV_BF16_UNITS=0 in the environment leaves
+// those units alone.
+
+#pragma once
+
+#include <cstdint>
+
+namespace speckv {
+
+// out[input * stride + row] for weights [rows, columns] and x [inputs, columns].
+void multiply_float32(
+    const float* weights, int64_t rows, int64_t columns, const float* x, int64_t inputs, float* out, int64_t stride);
+// The same of bf16.
+void multiply_bfloat16(
+    const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, int64_t inputs, float* out,
+    int64_t stride);
+// The same of a block of 32 rows of indices; scale[columns / 64 * scale_stride + row] is bf16. See matrices.h.
+void multiply_four_bit(
+    const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table, int64_t columns,
+    const uint16_t* x, int64_t inputs, float* out, int64_t stride);
+
+bool has_bf16_units();
+
+}  // namespace speckv

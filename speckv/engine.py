@@ -1,0 +1,205 @@
+"""The decoder layers of a Llama-like model on a CPU, in one call for all of them.
+
+For one token a model in PyTorch reads its weights at a fraction of what the memory gives, and spends the rest on some
+ten small operations a layer. The C++ kernels (csrc/decoder.cpp) read the weights where they lie, as fast as they come,
+and every token has the same logits to the last bit however many are read with it: a text verified in drafts is that of
+plain decoding, in bf16 and NF4 as in fp32.
+
+What is computed differs from the model in PyTorch by rounding only: activations stay in fp32 between the products,
+whose inputs are rounded to bf16 where the weights are bf16 or NF4.
+"""
+
+import weakref
+
+import torch
+from torch import nn
+
+from speckv.errors import ModelError
+from speckv.int8 import Int8Linear
+from speckv.kernels import serving
+from speckv.pruned import decoder_layers
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not change with the length of the text
+ROOM = 256  # tokens: the cache grows by at least so many
+MOST_ROWS = 64  # tokens read together; for more, PyTorch's products for prompts are faster
+_NO_TENSOR = torch.empty(0)
+
+
+def why_not(model) -> str | None:
+    """Why this model's layers cannot be computed here, or None where they can."""
+    if serving()["cpu"][0] != "cpu":
+        return f"the C++ kernels are not in use: {serving()['cpu'][1]}"
+    if model.device.type != "cpu":
+        return f"the model is on {model.device}, the fast path is for CPUs"
+    config = model.config.get_text_config(decoder=True)
+    if config.model_type not in MODEL_TYPES:
+        return f"{type(model).__name__} is not one of {', '.join(MODEL_TYPES)}"
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}, not silu"
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()) or (
+            getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None)):
+        return "some of its layers attend to a sliding window"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") not in ROPE_TYPES:
+        return f"its position encoding is {rope['rope_type']}"
+    try:
+        DecoderStack(model)
+    except ModelError as error:
+        return str(error)
+    return None
+
+
+class HeldMatrix:
+    """A linear map for a few rows: of nn.Linear (fp32, bf16), bitsandbytes' NF4 and FP4, an Int8Linear, or a tensor.
+
+    Called with x [m, K] f32 it returns [m, N] f32. The weights are shared, not copied, but for 4-bit ones that
+    bitsandbytes has not brought into its layout for CPUs. Raises ModelError for other modules.
+    """
+
+    def __init__(self, module):
+        self._number = torch.ops.speckv.open_matrix(*_parts(module))
+        weakref.finalize(self, torch.ops.speckv.close_matrix, self._number)
+
+    def __call__(self, x):
+        return torch.ops.speckv.multiply_matrix(self._number, x)
+
+
+class DecoderStack:
+    """The decoder layers and final norm of a model of transformers; open() starts on a sequence.
+
+    Raises ModelError for a model with parts that are not known here.
+    """
+
+    def __init__(self, model):
+        config = model.config.get_text_config(decoder=True)
+        self.config = config
+        rotary = model.base_model.rotary_emb
+        attention = decoder_layers(model)[1][0].self_attn
+        heads = config.num_attention_heads
+        self.groups = getattr(config, "num_key_value_heads", None) or heads
+        self.head_size = attention.head_dim
+        self.num_layers = config.num_hidden_layers
+        # Of the dtype that the model's own cache would have.
+        embedding = model.get_input_embeddings().weight
+        self.cache_dtype = embedding.dtype
+        tensors, table = [], _NO_TENSOR
+        for layer in decoder_layers(model)[1]:
+            norms = (layer.input_layernorm, layer.post_attention_layernorm,
+                     getattr(layer.self_attn, "q_norm", None), getattr(layer.self_attn, "k_norm", None))
+            tensors += [_NO_TENSOR if norm is None else norm.weight.detach().float() for norm in norms]
+            for module in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj,
+                           layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+                *parts, own_table = _parts(module)
+                tensors += parts
+                table = own_table if len(own_table) else table
+        tensors = [model.base_model.norm.weight.detach().float(), rotary.inv_freq.float(), table, *tensors]
+        try:
+            self._number = torch.ops.speckv.open_decoder(
+                tensors, heads, self.groups, self.head_size, config.rms_norm_eps, attention.scaling,
+                rotary.attention_scaling)
+        except RuntimeError as error:
+            raise ModelError(f"{type(model).__name__}: {error}") from error
+        weakref.finalize(self, torch.ops.speckv.close_decoder, self._number)
+
+    def open(self):
+        return StackSession(self)
+
+    def read(self, x, keys, values, start, layers):
+        return torch.ops.speckv.read_decoder(self._number, x, keys, values, start, layers)
+
+
+class StackSession:
+    """One sequence going through a DecoderStack; rolling back moves a counter."""
+
+    def __init__(self, stack):
+        self._stack = stack
+        self.length = 0  # tokens in the cache
+        self._make_room(0)
+
+    def read(self, x, layers=()):
+        """Read the next tokens, of embeddings x [m, H] f32.
+
+        Returns the last hidden states [m, H], final norm included, and those after `layers` layers (ascending; 0 is
+        x) joined, [m, len(layers)·H].
+        """
+        self._make_room(self.length + x.shape[0])
+        parts = []
+        for part in x.split(MOST_ROWS):
+            parts.append(self._stack.read(part, self._keys, self._values, self.length, list(layers)))
+            self.length += part.shape[0]
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(some) for some in zip(*parts, strict=True))
+
+    def fill(self, cache) -> None:
+        """Take over what the model in PyTorch has read of the sequence into a DynamicCache."""
+        self.length = cache.get_seq_length()
+        self._make_room(self.length)
+        for i, layer in enumerate(cache.layers):
+            self._keys[i, :, :self.length] = layer.keys[0]
+            self._values[i, :, :self.length] = layer.values[0]
+
+    def rollback(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self.length = min(self.length, length)
+
+    def _make_room(self, length):
+        stack = self._stack
+        have = self._keys.shape[2] if length else 0
+        if length and length <= have:
+            return
+        shape = (stack.num_layers, stack.groups, max(ROOM, length + ROOM, 2 * have if have < 4096 else 0),
+                 stack.head_size)
+        keys, values = (torch.empty(shape, dtype=stack.cache_dtype) for _ in range(2))
+        if self.length:
+            keys[:, :, :self.length] = self._keys[:, :, :self.length]
+            values[:, :, :self.length] = self._values[:, :, :self.length]
+        self._keys, self._values = keys, values
+
+
+def _parts(module):
+    """What csrc/matrices.h wants of a linear map: weight, scale, bias and table, with empty tensors for none."""
+    if isinstance(module, torch.Tensor):
+        return module.detach().contiguous(), _NO_TENSOR, _NO_TENSOR, _NO_TENSOR
+    if not isinstance(module, Int8Linear | nn.Linear):
+        raise ModelError(f"the fast path does not know a linear map of type {type(module).__name__}")
+    bias = _NO_TENSOR if module.bias is None else module.bias.detach()
+    if isinstance(module, Int8Linear):
+        return module.weight, module.scale, bias, _NO_TENSOR
+    state = getattr(module.weight, "quant_state", None)
+    if state is not None:
+        return (*_four_bit(module, state), bias, state.code)
+    if type(module) is not nn.Linear or module.weight.dtype not in (torch.float32, torch.bfloat16):
+        raise ModelError(f"the fast path does not know a linear map of type {type(module).__name__} in "
+                         f"{module.weight.dtype}")
+    return module.weight.detach().contiguous(), _NO_TENSOR, bias, _NO_TENSOR
+
+
+def _four_bit(module, state):
+    """Indices [N, K / 2] u8 and scale [K / 64, N] bf16 in bitsandbytes' layout for CPUs."""
+    rows, columns = state.shape
+    if rows % 32 or columns % 64 or state.blocksize != 64:
+        raise ModelError(f"the fast path wants 4-bit matrices of 32 rows and 64 columns or multiples, in blocks of "
+                         f"64: {rows} x {columns} in blocks of {state.blocksize}")
+    if not getattr(state, "packing_format_for_cpu", False):
+        # Where bitsandbytes has a kernel for it, a first product brings the weights into that layout in place.
+        module(torch.zeros(1, columns, dtype=module.compute_dtype or state.dtype))
+        state = module.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        return module.weight.detach().view(rows, columns // 2), state.absmax
+    return _packed(module.weight.detach(), rows, columns), _scale(state, rows, columns)
+
+
+def _packed(weight, rows, columns):
+    nibbles = weight.view(torch.uint8).reshape(rows, columns // 2)
+    pairs = torch.stack([nibbles >> 4, nibbles & 15], dim=-1)  # [rows, columns / 2, 2], the even column first
+    blocks = pairs.view(rows // 32, 2, 16, columns // 2, 2).permute(1, 0, 3, 2, 4)
+    return (blocks[0] | blocks[1] << 4).reshape(rows, columns // 2).contiguous()
+
+
+def _scale(state, rows, columns):
+    absmax = state.absmax
+    if state.nested:
+        from bitsandbytes.functional import dequantize_blockwise
+
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    return absmax.view(rows, columns // 64).T.to(torch.bfloat16).contiguous()
