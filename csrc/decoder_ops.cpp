@@ -156,10 +156,9 @@ std::tuple<Tensor, Tensor> read_decoder(
     const Tensor embedded = as_contiguous(x);
     static thread_local std::vector<float> residual;
     residual.assign(data<float>(embedded), data<float>(embedded) + count * hidden);
-    {
-        TeamLease team(torch::stable::get_num_threads());
-        read_tokens(*decoder, *team, cache, start, count, residual.data(), layers, mutable_data<float>(states), width);
-    }
+    with_team(hidden * decoder->intermediate * static_cast<int64_t>(decoder->layers.size()), [&](Team& team) {
+        read_tokens(*decoder, team, cache, start, count, residual.data(), layers, mutable_data<float>(states), width);
+    });
     for (int64_t token = 0; token < count; ++token) {
         normalize(residual.data() + token * hidden, decoder->final_norm.data(), hidden, decoder->epsilon,
                   mutable_data<float>(last) + token * hidden);
@@ -189,8 +188,9 @@ Tensor multiply_matrix(int64_t number, Tensor x) {
     static thread_local Inputs inputs;
     inputs.set(data<float>(whole), x.size(0), matrix->columns);
     inputs.arrange_for(matrix->format);
-    TeamLease team(torch::stable::get_num_threads());
-    multiply(*matrix, *team, inputs, mutable_data<float>(out));
+    with_team(matrix->rows * matrix->columns, [&](Team& team) {
+        multiply(*matrix, team, inputs, mutable_data<float>(out));
+    });
     return out;
 }
 

@@ -1,25 +1,29 @@
-// Threads that share out one forward pass: hundreds of loops of a few microseconds each, too short to wake a thread for.
+// Threads that share out one forward pass: hundreds of loops of a few microseconds each, too short to start a thread for.
 //
-// Between two loops of a pass the helpers spin, so that a loop starts within a fraction of a microsecond; when a pass
-// is over they yield, and after a while they sleep. Whoever is free takes the next piece of a loop, and the caller
-// takes pieces too: a helper that the machine keeps busy elsewhere delays nothing but the piece it holds.
+// PyTorch's own threads are called in once for a pass. Until it is over the helpers spin, so that a loop starts within
+// a fraction of a microsecond. Whoever is free takes the next piece of a loop, and the caller takes pieces too: a helper
+// that the machine keeps busy elsewhere delays nothing but the piece it holds, and where none comes the caller does all.
 
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
-#include <mutex>
 
 namespace speckv {
 
 class Team {
 public:
+    explicit Team(int64_t threads) : threads_(threads) {}
+    Team(const Team&) = delete;
+    Team& operator=(const Team&) = delete;
+
     // Calls work(piece) for each piece of [0, pieces), spread over the team; returns when all are done. work must not
     // throw, and pieces must be fewer than 2^20.
     template <class Work>
     void run(int64_t pieces, const Work& work) {
-        if (helpers_ == 0 || pieces < 2) {
+        if (threads_ == 1 || pieces < 2) {
             for (int64_t piece = 0; piece < pieces; ++piece) {
                 work(piece);
             }
@@ -28,11 +32,13 @@ public:
         share({[](const void* context, int64_t piece) { (*static_cast<const Work*>(context))(piece); }, &work}, pieces);
     }
 
-    int64_t threads() const { return helpers_ + 1; }
+    int64_t threads() const { return threads_; }
+
+    // Works on whatever is shared until dismiss().
+    void help();
+    void dismiss() { is_over_.store(true, std::memory_order_release); }
 
 private:
-    friend class TeamLease;
-
     struct Job {
         void (*call)(const void*, int64_t);
         const void* context;
@@ -41,33 +47,39 @@ private:
     void share(Job job, int64_t pieces);
     int64_t take();
     void finish(int64_t piece);
-    void help(int64_t index);
 
     // Which loop it is, how many pieces it has, and which is next, in one word: 24, 20 and 20 bits. A helper that comes
     // late cannot take a piece of another loop than the one it saw.
     std::atomic<uint64_t> ticket_{0};
     std::atomic<int64_t> pending_{0};
-    std::atomic<int64_t> sleeping_{0};
-    std::atomic<int64_t> helpers_{0};  // that may take pieces: those of lower index
-    int64_t started_ = 0;              // threads that exist
+    std::atomic<bool> is_over_{false};
+    const int64_t threads_;
     Job job_{};
-    std::mutex mutex_;
-    std::condition_variable wake_;
 };
 
-// The process's team for as long as a pass takes, or, where another thread of the program has it, a team of one.
-class TeamLease {
-public:
-    explicit TeamLease(int64_t threads);
-    ~TeamLease();
-    TeamLease(const TeamLease&) = delete;
-    TeamLease& operator=(const TeamLease&) = delete;
-
-    Team& operator*() { return *team_; }
-
-private:
-    Team alone_;
-    Team* team_ = &alone_;
-};
+// Calls pass(team) with a team of PyTorch's number of threads, or of one where `elements` are not worth more.
+template <class Pass>
+void with_team(int64_t elements, const Pass& pass) {
+    constexpr int64_t kElementsPerThread = int64_t{1} << 19;
+    const int64_t threads = elements < 2 * kElementsPerThread ? 1 : torch::stable::get_num_threads();
+    Team team(threads);
+    if (threads == 1) {
+        pass(team);
+        return;
+    }
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t member = begin; member < end; ++member) {
+            if (member > 0) {
+                team.help();
+                continue;
+            }
+            struct Dismissal {
+                Team& team;
+                ~Dismissal() { team.dismiss(); }
+            } dismissal{team};
+            pass(team);
+        }
+    });
+}
 
 }  // namespace speckv

@@ -13,14 +13,16 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from speckv import drafter_folder, pruned
+from speckv import drafter_folder, engine, pruned
 from speckv.cache import check_rollback, context_limit, rope_switch, vocabulary_size
 from speckv.errors import ModelError
+from speckv.head_engine import HeadEngine
 from speckv.int8 import Int8Linear, linear, replace_linears
 
 KIND = "head"
 COMBINE, FUSE, CENTER, SCALE = "combine.weight", "fuse.weight", "features.center", "features.scale"
 LAYERS, TOKEN_IDS = "features.layers", "token_ids"
+_NOT_TRIED = object()
 FARTHEST = 10.0  # standard deviations; the first tokens of a text have hidden states like no others
 
 
@@ -48,9 +50,10 @@ class FeatureHead(nn.Module):
         self.rope_switch = rope_switch(target)
         head = target.get_output_embeddings()
         # A copy of some of the rows: a matrix product cannot skip the others where they lie.
-        self._rows = head.weight.detach()[self.token_ids]
+        self.rows = head.weight.detach()[self.token_ids]
         self._bias = head.bias.detach()[self.token_ids] if getattr(head, "bias", None) is not None else None
-        self._cap = getattr(target.config.get_text_config(), "final_logit_softcapping", None)
+        self.cap = getattr(target.config.get_text_config(), "final_logit_softcapping", None)
+        self._engine = _NOT_TRIED
 
     @property
     def num_layers(self) -> int:
@@ -62,34 +65,38 @@ class FeatureHead(nn.Module):
         For drafting alone: such a head can be neither trained nor stored. What is the target's stays as it is.
         """
         replace_linears(pruned.decoder_layers(self.decoder)[1])
-        halves, fuse = [Int8Linear(half) for half in self._combine_halves()], Int8Linear(self.fuse)
+        halves, fuse = [Int8Linear(half) for half in self.combine_halves()], Int8Linear(self.fuse)
         del self.combine, self.fuse  # a module cannot take the place of a parameter
         self.combine, self.fuse = nn.ModuleList(halves), fuse
-        self._rows = Int8Linear(self._rows, self._bias)
+        self.rows = Int8Linear(self.rows, self._bias)
+        self._engine = _NOT_TRIED
 
-    def _combine_halves(self):
+    def combine_halves(self):
         """What takes the last position's output, and what takes the embedding: two matrices [H, H]."""
         return self.combine if isinstance(self.combine, nn.ModuleList) else self.combine.chunk(2, dim=1)
 
     def observed(self, states):
         """What positions that the target has read [B, n, layers·H] bring to the ones after them: [B, n, H]."""
-        features = ((states.to(self.center.dtype) - self.center) * self.scale).clamp(-FARTHEST, FARTHEST)
-        return linear(features.to(self.fuse.dtype), self.fuse)
+        return linear(self.features(states).to(self.fuse.dtype), self.fuse)
+
+    def features(self, states):
+        """The target's hidden states [..., layers·H], centred and scaled, in fp32."""
+        return ((states.to(self.center.dtype) - self.center) * self.scale).clamp(-FARTHEST, FARTHEST)
 
     def continued(self, hidden):
         """The same of positions that only the head has read, from its own last hidden states [B, n, H]."""
-        return linear(hidden, self._combine_halves()[0])
+        return linear(hidden, self.combine_halves()[0])
 
     def hidden(self, before, ids, **settings):
         """The head's last hidden states [B, n, H], from what the positions before bring [B, n, H], and ids [B, n]."""
         embeddings = self.decoder.get_input_embeddings()(ids)
-        joined = before + linear(embeddings, self._combine_halves()[1])
+        joined = before + linear(embeddings, self.combine_halves()[1])
         return self.decoder.base_model(inputs_embeds=joined, **settings).last_hidden_state
 
     def logits(self, hidden):
         """Logits [..., S] over token_ids."""
-        logits = linear(hidden.to(self._rows.dtype), self._rows, self._bias)
-        return torch.tanh(logits / self._cap) * self._cap if self._cap else logits
+        logits = linear(hidden.to(self.rows.dtype), self.rows, self._bias)
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
 
     def own_tensors(self) -> dict:
         """What is stored; raises ModelError for a head held in int8, which has lost it."""
@@ -100,28 +107,54 @@ class FeatureHead(nn.Module):
             LAYERS: torch.tensor(self.wants_hidden, dtype=torch.int32), TOKEN_IDS: self.token_ids.int()}
 
     def open(self):
-        return _HeadSession(self)
+        return _HeadSession(self, self._reader())
+
+    def _reader(self):
+        """What reads one sequence: the engine where it can, a head held in int8; else PyTorch."""
+        if self._engine is _NOT_TRIED:
+            is_held = isinstance(self.fuse, Int8Linear)
+            self._engine = HeadEngine(self) if is_held and engine.why_not(self.decoder) is None else None
+        return _Reader(self) if self._engine is None else self._engine.open()
+
+
+class _Reader:
+    """One sequence read by the head's layers in PyTorch."""
+
+    def __init__(self, head):
+        self._head = head
+        self.observed, self.continued, self.logits = head.observed, head.continued, head.logits
+        self.dtype = head.decoder.get_input_embeddings().weight.dtype
+        self._cache = DynamicCache(config=head.decoder.config)
+        self._cache.activate_past_recording()
+
+    def hidden(self, before, ids):
+        """The last hidden state [1, 1, H] after the next tokens ids [1, n], and what the ones before each bring."""
+        return self._head.hidden(before, ids, past_key_values=self._cache, use_cache=True)[:, -1:]
+
+    def rollback(self, length):
+        read = self._cache.get_seq_length()
+        if read:
+            self._cache.crop(length - read)
 
 
 class _HeadSession:
     """The head at work on one sequence: which positions it has read, and what was known of the positions before."""
 
-    def __init__(self, head):
+    def __init__(self, head, reader):
         self._head = head
-        self._cache = DynamicCache(config=head.decoder.config)
-        self._cache.activate_past_recording()
-        self._length = 0  # positions in the cache
+        self._reader = reader
+        self._length = 0  # positions read
         self._exact = 0   # of these, how many were fed nothing but the target's own features
         self._observed = 0
         # [1, positions, H], what each brings to the next: from the target where observed, then from the head.
         embedding = head.decoder.get_input_embeddings().weight
-        self._brought = embedding.new_zeros(1, 256, embedding.shape[1])
+        self._brought = embedding.new_zeros(1, 256, embedding.shape[1], dtype=reader.dtype)
 
     def observe(self, hidden, start: int) -> None:
         """The target's hidden states [1, n, layers·H] of the positions from `start` on."""
         end = start + hidden.shape[1]
         self._room(end)
-        self._brought[:, start:end] = self._head.observed(hidden)
+        self._brought[:, start:end] = self._reader.observed(hidden)
         self._observed = end
 
     def next_logits(self, ids):
@@ -131,21 +164,19 @@ class _HeadSession:
         before = self._brought[:, max(start - 1, 0):end - 1]
         if start == 0:  # nothing comes before the first position
             before = pad(before, (0, 0, 1, 0))
-        hidden = self._head.hidden(before, ids[:, start:], past_key_values=self._cache, use_cache=True)[:, -1:]
+        hidden = self._reader.hidden(before, ids[:, start:])
         self._length = end
         if end <= self._observed + 1:
             self._exact = end
         if end > self._observed:
-            self._brought[:, end - 1:end] = self._head.continued(hidden)
+            self._brought[:, end - 1:end] = self._reader.continued(hidden)
         logits = hidden.new_full((1, self._head.vocabulary), float("-inf"))
-        return logits.index_copy_(1, self._head.token_ids, self._head.logits(hidden[:, 0]).to(logits.dtype))
+        return logits.index_copy_(1, self._head.token_ids, self._reader.logits(hidden[:, 0]).to(logits.dtype))
 
     def rollback(self, length: int) -> None:
         """Forget what lies behind `length`, and what was computed from guessed features."""
-        kept = min(length, self._exact, self._length)
-        if self._length:
-            self._cache.crop(kept - self._length)
-        self._length = self._exact = kept
+        self._length = self._exact = min(length, self._exact, self._length)
+        self._reader.rollback(self._length)
         self._observed = min(self._observed, length)
 
     def _room(self, positions):
