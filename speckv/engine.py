@@ -13,6 +13,7 @@ import weakref
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from speckv.errors import ModelError
 from speckv.int8 import Int8Linear
@@ -115,7 +116,8 @@ class StackSession:
     def __init__(self, stack):
         self._stack = stack
         self.length = 0  # tokens in the cache
-        self._make_room(0)
+        self._keys = self._values = torch.empty(stack.num_layers, stack.groups, 0, stack.head_size,
+                                                dtype=stack.cache_dtype)
 
     def read(self, x, layers=()):
         """Read the next tokens, of embeddings x [m, H] f32.
@@ -132,8 +134,8 @@ class StackSession:
 
     def fill(self, cache) -> None:
         """Take over what the model in PyTorch has read of the sequence into a DynamicCache."""
+        self._make_room(cache.get_seq_length())
         self.length = cache.get_seq_length()
-        self._make_room(self.length)
         for i, layer in enumerate(cache.layers):
             self._keys[i, :, :self.length] = layer.keys[0]
             self._values[i, :, :self.length] = layer.values[0]
@@ -143,17 +145,10 @@ class StackSession:
         self.length = min(self.length, length)
 
     def _make_room(self, length):
-        stack = self._stack
-        have = self._keys.shape[2] if length else 0
-        if length and length <= have:
-            return
-        shape = (stack.num_layers, stack.groups, max(ROOM, length + ROOM, 2 * have if have < 4096 else 0),
-                 stack.head_size)
-        keys, values = (torch.empty(shape, dtype=stack.cache_dtype) for _ in range(2))
-        if self.length:
-            keys[:, :, :self.length] = self._keys[:, :, :self.length]
-            values[:, :, :self.length] = self._values[:, :, :self.length]
-        self._keys, self._values = keys, values
+        have = self._keys.shape[2]
+        if length > have:
+            self._keys, self._values = (pad(old, (0, 0, 0, max(length + ROOM, 2 * have) - have))
+                                        for old in (self._keys, self._values))
 
 
 def _parts(module):
