@@ -118,7 +118,7 @@ private:
         float* const outs[] = {buffers_->query.data(), buffers_->key.data(), buffers_->value.data()};
         int64_t blocks = 0;
         for (const Matrix* matrix : matrices) {
-            buffers_->inputs.arrange_for(matrix->format);
+            buffers_->inputs.arrange_for(*matrix);
             blocks += matrix->blocks();
         }
         for_each_block(team_, blocks, [&](int64_t block) {
@@ -187,7 +187,7 @@ private:
     // What the layer adds to its input: a product with values [count, columns].
     void add_product(const Matrix& matrix, const float* values, int64_t columns) {
         buffers_->inputs.set(values, count_, columns);
-        buffers_->inputs.arrange_for(matrix.format);
+        buffers_->inputs.arrange_for(matrix);
         multiply(matrix, team_, buffers_->inputs, buffers_->delta.data());
         for (int64_t i = 0; i < count_ * decoder_.hidden; ++i) {
             x_[i] += buffers_->delta[i];
@@ -196,8 +196,8 @@ private:
 
     // silu(gate) * up, into gate.
     void feed_forward(const Layer& layer) {
-        buffers_->inputs.arrange_for(layer.gate->format);
-        buffers_->inputs.arrange_for(layer.up->format);
+        buffers_->inputs.arrange_for(*layer.gate);
+        buffers_->inputs.arrange_for(*layer.up);
         const int64_t width = decoder_.intermediate;
         for_each_block(team_, layer.gate->blocks(), [&](int64_t block) {
             multiply_block(*layer.gate, block, buffers_->inputs, buffers_->gate.data(), width);

@@ -187,7 +187,7 @@ Tensor multiply_matrix(int64_t number, Tensor x) {
     Tensor out = empty_float32<2>({x.size(0), matrix->rows});
     static thread_local Inputs inputs;
     inputs.set(data<float>(whole), x.size(0), matrix->columns);
-    inputs.arrange_for(matrix->format);
+    inputs.arrange_for(*matrix);
     with_team(matrix->rows * matrix->columns, [&](Team& team) {
         multiply(*matrix, team, inputs, mutable_data<float>(out));
     });

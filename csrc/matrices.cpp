@@ -1,9 +1,12 @@
 #include "matrices.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "checks.h"
+#include "clones.h"
 #include "products.h"
 
 namespace speckv {
@@ -27,11 +30,11 @@ void check_contiguous(const char* op, const char* name, const Tensor& tensor) {
     }
 }
 
-Format format_of(const char* op, const char* name, const Tensor& weight) {
+Format format_of(const char* op, const char* name, const Tensor& weight, const Tensor& table) {
     const int32_t dtype = dtype_of(weight);
     if (dtype == aoti_torch_dtype_float32()) return Format::kFloat32;
     if (dtype == aoti_torch_dtype_bfloat16()) return Format::kBFloat16;
-    if (dtype == aoti_torch_dtype_int8()) return Format::kInt8;
+    if (dtype == aoti_torch_dtype_int8()) return table.numel() == 0 ? Format::kInt8 : Format::kInt8Inputs;
     if (dtype == aoti_torch_dtype_uint8()) return Format::kFourBit;
     refuse(op, name, " must be float32, bfloat16, int8 or uint8");
 }
@@ -47,16 +50,26 @@ std::unique_ptr<Matrix> make_matrix(
     }
     check_shape(op, name, weight, {kAnySize, kAnySize});
     check_contiguous(op, name, weight);
-    matrix->format = format_of(op, name, weight);
+    matrix->format = format_of(op, name, weight, table);
     matrix->rows = weight.size(0);
     matrix->columns = weight.size(1);
     matrix->values = weight.const_data_ptr();
     matrix->owners = {weight, scale};
-    if (matrix->format == Format::kInt8) {
+    if (matrix->format == Format::kInt8 || matrix->format == Format::kInt8Inputs) {
         check_shape(op, "scale", scale, {matrix->rows});
         check_float32(op, "scale", scale);
         check_contiguous(op, "scale", scale);
         matrix->scale = scale.const_data_ptr();
+        if (matrix->format == Format::kInt8Inputs) {
+            check_shape(op, "table", table, {1});
+            check_float32(op, "table", table);
+            matrix->threshold = *data<float>(table);
+            const auto* const values = static_cast<const int8_t*>(matrix->values);
+            for (int64_t row = 0; row < matrix->rows; ++row) {
+                matrix->row_sums.push_back(std::accumulate(
+                    values + row * matrix->columns, values + (row + 1) * matrix->columns, int32_t{0}));
+            }
+        }
     } else if (matrix->format == Format::kFourBit) {
         matrix->columns *= 2;
         if (matrix->rows % kBlockRows != 0 || matrix->columns % kScaledColumns != 0) {
@@ -92,10 +105,14 @@ void Inputs::set(const float* values, int64_t count, int64_t columns) {
     count_ = count;
     columns_ = columns;
     has_halves_ = has_chunks_ = false;
+    bytes_threshold_ = -1;
 }
 
-void Inputs::arrange_for(Format format) {
-    if ((format == Format::kBFloat16 || format == Format::kFourBit) && !has_halves_) {
+void Inputs::arrange_for(const Matrix& matrix) {
+    const Format format = matrix.format;
+    if (format == Format::kInt8Inputs && bytes_threshold_ != matrix.threshold) {
+        round_to_bytes(matrix.threshold);
+    } else if ((format == Format::kBFloat16 || format == Format::kFourBit) && !has_halves_) {
         halves_.resize(count_ * columns_);
         store_bfloat16(values_, count_ * columns_, halves_.data());
         has_halves_ = true;
@@ -107,6 +124,81 @@ void Inputs::arrange_for(Format format) {
         has_chunks_ = true;
     }
 }
+
+namespace {
+
+SPECKV_CLONES float largest_magnitude(const float* values, int64_t size) {
+    float found = 0;
+#pragma omp simd reduction(max : found)
+    for (int64_t i = 0; i < size; ++i) {
+        const float magnitude = std::fabs(values[i]);
+        found = magnitude > found ? magnitude : found;
+    }
+    return found;
+}
+
+// out[i] = 128 + values[i] * factor, rounded to even: the sum with 1.5 * 2^23 leaves the rounded value in its low bits.
+SPECKV_CLONES void round_to_byte(const float* values, int64_t size, float factor, uint8_t* out) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+        const float shifted = values[i] * factor + (12582912.0f + 128.0f);
+        uint32_t bits;
+        std::memcpy(&bits, &shifted, sizeof(bits));
+        out[i] = static_cast<uint8_t>(bits);
+    }
+}
+
+}  // namespace
+
+// As bitsandbytes does for one row; where it has several, it takes the outliers of each for those of all.
+void Inputs::round_to_bytes(float threshold) {
+    bytes_.resize(count_ * columns_);
+    byte_scales_.resize(count_);
+    outliers_.resize(count_);
+    halves_.resize(count_ * columns_);
+    store_bfloat16(values_, count_ * columns_, halves_.data());
+    static thread_local std::vector<float> kept;
+    kept.resize(columns_);
+    for (int64_t i = 0; i < count_; ++i) {
+        load_bfloat16(half_row(i), columns_, kept.data());
+        outliers_[i].clear();
+        float largest = largest_magnitude(kept.data(), columns_);
+        if (threshold > 0 && largest >= threshold) {
+            for (int64_t column = 0; column < columns_; ++column) {
+                if (std::fabs(kept[column]) >= threshold) {
+                    outliers_[i].push_back({column, kept[column]});
+                    kept[column] = 0;
+                }
+            }
+            largest = largest_magnitude(kept.data(), columns_);
+        }
+        round_to_byte(kept.data(), columns_, largest > 0 ? 127.0f / largest : 0.0f, bytes_.data() + i * columns_);
+        byte_scales_[i] = largest;
+    }
+    has_halves_ = true;
+    bytes_threshold_ = threshold;
+}
+
+namespace {
+
+// From exact sums to outputs, and the outliers.
+void finish_bytes(
+    const Matrix& matrix, int64_t begin, int64_t end, const Inputs& inputs, int64_t input, const int32_t* sums,
+    float* out) {
+    constexpr float kStep = 1.0f / 127;
+    const auto* const values = static_cast<const int8_t*>(matrix.values);
+    const auto* const scale = static_cast<const float*>(matrix.scale);
+    for (int64_t row = begin; row < end; ++row) {
+        const int32_t sum = sums[row - begin] - 128 * matrix.row_sums[row];
+        float total = static_cast<float>(sum) * (inputs.byte_scale(input) * scale[row]) * (kStep * kStep);
+        for (const Inputs::Outlier& outlier : inputs.outliers(input)) {
+            total += outlier.value * (static_cast<float>(values[row * matrix.columns + outlier.column]) * scale[row] * kStep);
+        }
+        out[row - begin] = total;
+    }
+}
+
+}  // namespace
 
 void multiply_block(const Matrix& matrix, int64_t block, const Inputs& inputs, float* out, int64_t stride) {
     const int64_t begin = block * kBlockRows;
@@ -132,6 +224,17 @@ void multiply_block(const Matrix& matrix, int64_t block, const Inputs& inputs, f
                     begin, end, inputs.chunks() + first * inputs.chunk_stride(), inputs.chunk_stride(), count, tile,
                     stride);
                 break;
+            case Format::kInt8Inputs: {
+                int32_t sums[kTileInputs * kBlockRows];
+                multiply_bytes(
+                    static_cast<const int8_t*>(matrix.values) + begin * matrix.columns, end - begin, matrix.columns,
+                    inputs.byte_row(first), count, sums, kBlockRows);
+                for (int64_t input = 0; input < count; ++input) {
+                    finish_bytes(matrix, begin, end, inputs, first + input, sums + input * kBlockRows,
+                                 tile + input * stride);
+                }
+                break;
+            }
             case Format::kFourBit:
                 multiply_four_bit(
                     static_cast<const uint8_t*>(matrix.values) + begin * matrix.columns / 2,

@@ -174,7 +174,7 @@ SPECKV_INLINE void block_four_bit(
 }
 
 #if defined(__x86_64__)
-#define SPECKV_BF16_UNITS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")))
+#define SPECKV_BF16_UNITS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,prefer-vector-width=512")))
 
 
 // The lanes of four vectors added up, in an order of its own for each.
@@ -229,6 +229,32 @@ SPECKV_BF16_UNITS void rows_in_units(
         _mm_store_ps(four, sum_four(wholes[0], wholes[1], wholes[2], wholes[3]));
         for (int input = 0; input < inputs; ++input) {
             out[input * stride + row] = four[input];
+        }
+    }
+}
+
+template <int inputs>
+SPECKV_BF16_UNITS void bytes_in_units(
+    const int8_t* weights, int64_t rows, int64_t columns, const uint8_t* x, int32_t* out, int64_t stride) {
+    for (int64_t row = 0; row < rows; ++row) {
+        const int8_t* const values = weights + row * columns;
+        __m512i sums[inputs];
+        for (auto& sum : sums) {
+            sum = _mm512_setzero_si512();
+        }
+        for (int64_t i = 0; i < columns; i += 64) {
+            const int64_t left = std::min<int64_t>(64, columns - i);
+            const auto mask = static_cast<__mmask64>(~uint64_t{0} >> (64 - left));
+            _mm_prefetch(reinterpret_cast<const char*>(values + i) + kPrefetchBytes, _MM_HINT_T0);
+            const __m512i weight = _mm512_maskz_loadu_epi8(mask, values + i);
+#pragma GCC unroll 4
+            for (int input = 0; input < inputs; ++input) {
+                const __m512i value = _mm512_maskz_loadu_epi8(mask, x + input * columns + i);
+                sums[input] = _mm512_dpbusd_epi32(sums[input], value, weight);
+            }
+        }
+        for (int input = 0; input < inputs; ++input) {
+            out[input * stride + row] = _mm512_reduce_add_epi32(sums[input]);
         }
     }
 }
@@ -305,7 +331,7 @@ bool detect_bf16_units() {
         return false;
     }
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #else
     return false;
@@ -331,6 +357,23 @@ SPECKV_CLONES void four_bit_anywhere(
         case 2: return block_four_bit<2>(indices, scale, scale_stride, table, columns, x, out, stride);
         case 3: return block_four_bit<3>(indices, scale, scale_stride, table, columns, x, out, stride);
         default: return block_four_bit<4>(indices, scale, scale_stride, table, columns, x, out, stride);
+    }
+}
+
+SPECKV_CLONES void bytes_anywhere(
+    const int8_t* weights, int64_t rows, int64_t columns, const uint8_t* x, int64_t inputs, int32_t* out,
+    int64_t stride) {
+    for (int64_t row = 0; row < rows; ++row) {
+        const int8_t* const values = weights + row * columns;
+        for (int64_t input = 0; input < inputs; ++input) {
+            const uint8_t* const by = x + input * columns;
+            int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < columns; ++i) {
+                sum += static_cast<int16_t>(values[i]) * static_cast<int16_t>(by[i]);
+            }
+            out[input * stride + row] = sum;
+        }
     }
 }
 
@@ -381,6 +424,22 @@ void multiply_four_bit(
     }
 #endif
     four_bit_anywhere(indices, scale, scale_stride, table, columns, x, inputs, out, stride);
+}
+
+void multiply_bytes(
+    const int8_t* weights, int64_t rows, int64_t columns, const uint8_t* x, int64_t inputs, int32_t* out,
+    int64_t stride) {
+#if defined(__x86_64__)
+    if (has_bf16_units()) {
+        switch (inputs) {
+            case 1: return bytes_in_units<1>(weights, rows, columns, x, out, stride);
+            case 2: return bytes_in_units<2>(weights, rows, columns, x, out, stride);
+            case 3: return bytes_in_units<3>(weights, rows, columns, x, out, stride);
+            default: return bytes_in_units<4>(weights, rows, columns, x, out, stride);
+        }
+    }
+#endif
+    bytes_anywhere(weights, rows, columns, x, inputs, out, stride);
 }
 
 }  // namespace speckv

@@ -1,7 +1,7 @@
 // The inner loops of a product of weights with up to kTileInputs rows of inputs, one for each format of weights.
 //
-// Where a processor multiplies pairs of bf16 (AVX512-BF16) there is a second build of the bf16 and 4-bit loops for it,
-// chosen when the process starts; the sums of the two round differently. SPECKV_BF16_UNITS=0 in the environment leaves
+// Where a processor multiplies pairs of bf16 (AVX512-BF16) there is a second build of all but the fp32 loops for it,
+// chosen when the process starts; where sums are not exact those of the two round differently. SPECKV_BF16_UNITS=0 in the environment leaves
 // those units alone.
 
 #pragma once
@@ -21,6 +21,11 @@ void multiply_bfloat16(
 void multiply_four_bit(
     const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table, int64_t columns,
     const uint16_t* x, int64_t inputs, float* out, int64_t stride);
+
+// The same of int8 weights and inputs from 0 to 255, summed exactly.
+void multiply_bytes(
+    const int8_t* weights, int64_t rows, int64_t columns, const uint8_t* x, int64_t inputs, int32_t* out,
+    int64_t stride);
 
 bool has_bf16_units();
 

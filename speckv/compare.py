@@ -44,6 +44,7 @@ class CompareSettings:
     max_new_tokens: int = 128
     temperature: float = 0.0
     threads: int = 1
+    fast: bool = False
 
     def __post_init__(self):
         for name in self.policies:
@@ -113,7 +114,7 @@ class _Bench:
         # With a head that reads the target's hidden states, plain decoding would be slower than it is.
         drafter = None if policy.name == PLAIN else self._drafter
         return generate(self._target, drafter, ids, max_new_tokens=tokens, policy=policy,
-                        temperature=self._settings.temperature, seed=0)
+                        temperature=self._settings.temperature, seed=0, fast=self._settings.fast)
 
     def answer(self, prompt, number, rank, task):
         """The answers of all policies, as JSON."""

@@ -42,7 +42,8 @@ def rate(outputs) -> float:
     return sum(output.new_tokens for output in outputs) / sum(output.seconds for output in outputs)
 
 
-def run(target_name: str, drafter_name: str, compressions: list, policies: list, max_new_tokens: int) -> list:
+def run(target_name: str, drafter_name: str, compressions: list, policies: list, max_new_tokens: int,
+        fast: bool = False) -> list:
     """Decode, print as it goes, print the table; returns the cells."""
     chosen = [parse_policy(policy) for policy in policies]
     for compression in compressions:
@@ -55,7 +56,7 @@ def run(target_name: str, drafter_name: str, compressions: list, policies: list,
             drafter = load_drafter(drafter_name, target)
             warm_up = encode_prompt(tokenizer, "Hello").to(target.device)
             for policy in ("off", *chosen):
-                generate(target, drafter, warm_up, max_new_tokens=8, policy=policy)
+                generate(target, drafter, warm_up, max_new_tokens=8, policy=policy, fast=fast)
         for task, prompt in PROMPTS.items():
             console.rule(f"{compression} · {task}", align="left")
             console.print(prompt, style="dim")
@@ -64,10 +65,11 @@ def run(target_name: str, drafter_name: str, compressions: list, policies: list,
             outputs = {}
             for policy in chosen:  # the first is shown as it is written
                 outputs[policy.name] = generate(target, drafter, ids, max_new_tokens=max_new_tokens, policy=policy,
-                                                on_step=None if outputs else printer)
+                                                on_step=None if outputs else printer, fast=fast)
             printer.finish()
             # With a drafter that reads the target's hidden states, plain decoding would be slower than it is.
-            plain = generate(target, None, ids, max_new_tokens=max_new_tokens, policy="off")
+            plain = generate(target, None, ids, max_new_tokens=max_new_tokens, policy="off",
+                             fast=fast)
             cells.append(Cell(compression, task, plain, outputs, {
                 name: first_difference(target, plain, output) for name, output in outputs.items()}))
         del target, drafter

@@ -52,7 +52,7 @@ def why_not(model) -> str | None:
 
 
 class HeldMatrix:
-    """A linear map for a few rows: of nn.Linear (fp32, bf16), bitsandbytes' NF4 and FP4, an Int8Linear, or a tensor.
+    """A linear map for a few rows: of nn.Linear (fp32, bf16), bitsandbytes' NF4, FP4 and int8, an Int8Linear, or a tensor.
 
     Called with x [m, K] f32 it returns [m, N] f32. The weights are shared, not copied, but for 4-bit ones that
     bitsandbytes has not brought into its layout for CPUs. Raises ModelError for other modules.
@@ -93,6 +93,8 @@ class DecoderStack:
                            layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
                 *parts, own_table = _parts(module)
                 tensors += parts
+                if len(own_table) and len(table) and not torch.equal(own_table, table):
+                    raise ModelError(f"{type(model).__name__} holds its matrices in more than one quantized format")
                 table = own_table if len(own_table) else table
         tensors = [model.base_model.norm.weight.detach().float(), rotary.inv_freq.float(), table, *tensors]
         try:
@@ -160,6 +162,8 @@ def _parts(module):
     bias = _NO_TENSOR if module.bias is None else module.bias.detach()
     if isinstance(module, Int8Linear):
         return module.weight, module.scale, bias, _NO_TENSOR
+    if hasattr(module, "state") and module.weight.dtype == torch.int8:  # bitsandbytes' LLM.int8()
+        return (*_eight_bit(module), bias, torch.tensor([module.state.threshold], dtype=torch.float32))
     state = getattr(module.weight, "quant_state", None)
     if state is not None:
         return (*_four_bit(module, state), bias, state.code)
@@ -167,6 +171,17 @@ def _parts(module):
         raise ModelError(f"the fast path does not know a linear map of type {type(module).__name__} in "
                          f"{module.weight.dtype}")
     return module.weight.detach().contiguous(), _NO_TENSOR, bias, _NO_TENSOR
+
+
+def _eight_bit(module):
+    """Weight [N, K] i8 and scale [N] f32."""
+    state = module.state
+    # A first product moves them from the weight to the state.
+    scale = module.weight.SCB if getattr(module.weight, "SCB", None) is not None else state.SCB
+    weight = state.CB if state.CB is not None else module.weight.detach()
+    if scale is None:
+        raise ModelError("an int8 matrix of bitsandbytes has lost its scales")
+    return weight.contiguous(), scale.float().contiguous()
 
 
 def _four_bit(module, state):

@@ -1,5 +1,6 @@
 """A target read by the C++ engine, in the place of speckv.cache.CachedModel."""
 
+import warnings
 import weakref
 
 import torch
@@ -73,6 +74,11 @@ class FastModel:
 
 
 def open_target(model, fast: bool):
-    """A sequence of the model: read by the engine where asked for."""
-    return FastTarget.of(model).open() if fast else CachedModel(model)
-
+    """A sequence of the model: read by the engine where that is asked for, with a warning where it cannot."""
+    if not fast:
+        return CachedModel(model)
+    try:
+        return FastTarget.of(model).open()
+    except ModelError as error:
+        warnings.warn(f"{error}; it is decoded in PyTorch", stacklevel=3)
+        return CachedModel(model)
