@@ -151,6 +151,9 @@ class _AdaptiveSession(PolicySession):
         self._state.begin()
         return 0 if self._experience.wants_plain else min(self._experience.cap, self._longest)
 
+    def will_draft(self):
+        return self._experience.pause == 0
+
     def draft(self, logits, temperature, uniform, drafted, own):
         costs, is_estimate, device = self._experience.costs, own is not None, logits.device
         self._state.write(self._signals, drafted, own)

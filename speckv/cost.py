@@ -14,14 +14,19 @@ USUAL_DRAFT_SHARE = 0.1  # of a plain pass, what a model's draft token takes bef
 
 
 class _Estimate:
-    """A running mean that outliers move little and old values hardly at all."""
+    """A running mean that outliers move little and old values hardly at all.
+
+    The very first measurement is often that of a cold start, so a much lower second one takes its place.
+    """
 
     def __init__(self):
         self.value = math.nan
         self.count = 0
 
     def add(self, value):
-        if self.count:
+        if self.count == 1 and value * LARGEST_JUMP < self.value:
+            self.value = value
+        elif self.count:
             value = min(max(value, self.value / LARGEST_JUMP), self.value * LARGEST_JUMP)
             self.value += max(1 / (self.count + 1), NEWEST_SHARE) * (value - self.value)
         else:

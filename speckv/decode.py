@@ -87,7 +87,7 @@ class _Run:
             return
         self._read(prompt, keep=1)
         self._target.rollback(self.length - 1)
-        if checked_gamma(self._policy, self._draft) > 0:
+        if self._draft is not None and _will_draft(self._policy):
             getattr(self._draft, "prefill", self._draft.next_logits)(prompt)
 
     def _read(self, ids, keep):
@@ -162,6 +162,11 @@ class _Run:
         if self._draft is not None:
             self._draft.rollback(self.length - 1)
         return emitted, min(accepted, len(emitted))
+
+
+def _will_draft(policy):
+    # A policy of the user's own may know nothing but max_draft.
+    return policy.will_draft() if hasattr(policy, "will_draft") else policy.max_draft() > 0
 
 
 def _named(error, step):

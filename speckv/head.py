@@ -146,21 +146,21 @@ class _HeadSession:
         self._length = 0  # positions read
         self._exact = 0   # of these, how many were fed nothing but the target's own features
         self._observed = 0
+        self._pending = []  # (start, hidden states) that no draft has asked for yet
         # [1, positions, H], what each brings to the next: from the target where observed, then from the head.
         embedding = head.decoder.get_input_embeddings().weight
         self._brought = embedding.new_zeros(1, 256, embedding.shape[1], dtype=reader.dtype)
 
     def observe(self, hidden, start: int) -> None:
         """The target's hidden states [1, n, layers·H] of the positions from `start` on."""
-        end = start + hidden.shape[1]
-        self._room(end)
-        self._brought[:, start:end] = self._reader.observed(hidden)
-        self._observed = end
+        self._pending.append((start, hidden))
+        self._observed = start + hidden.shape[1]
 
     def next_logits(self, ids):
         """Logits [1, V] of the token after ids [1, n]; -inf where the head cannot draft a token."""
         start, end = self._length, ids.shape[1]
-        self._room(end)
+        self._room(max(end, self._observed))
+        self._take_in()
         before = self._brought[:, max(start - 1, 0):end - 1]
         if start == 0:  # nothing comes before the first position
             before = pad(before, (0, 0, 1, 0))
@@ -178,6 +178,15 @@ class _HeadSession:
         self._length = self._exact = min(length, self._exact, self._length)
         self._reader.rollback(self._length)
         self._observed = min(self._observed, length)
+        self._pending = [(first, hidden[:, :length - first]) for first, hidden in self._pending if first < length]
+
+    def _take_in(self):
+        """Work out what the positions observed since the last draft bring, those of rejected tokens left out."""
+        if self._pending:
+            start = self._pending[0][0]
+            hidden = torch.cat([hidden for _, hidden in self._pending], dim=1)
+            self._brought[:, start:start + hidden.shape[1]] = self._reader.observed(hidden)
+            self._pending.clear()
 
     def _room(self, positions):
         missing = positions - self._brought.shape[1]

@@ -27,6 +27,10 @@ class PolicySession:
         """The most tokens the next step may draft; 0 is plain decoding."""
         raise NotImplementedError
 
+    def will_draft(self) -> bool:
+        """Whether the drafter should read the prompt with the target: it will be asked before long."""
+        return self.max_draft() > 0
+
     def draft(self, logits, temperature, uniform, drafted: int, own):
         """Draw draft token number `drafted` (from 0) and say whether to draft another.
 
