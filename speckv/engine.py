@@ -52,7 +52,7 @@ def why_not(model) -> str | None:
 
 
 class HeldMatrix:
-    """A linear map for a few rows: of nn.Linear (fp32, bf16), bitsandbytes' NF4, FP4 and int8, an Int8Linear, or a tensor.
+    """A linear map for a few rows: nn.Linear (fp32, bf16), bitsandbytes' NF4, FP4 and int8, Int8Linear, or a tensor.
 
     Called with x [m, K] f32 it returns [m, N] f32. The weights are shared, not copied, but for 4-bit ones that
     bitsandbytes has not brought into its layout for CPUs. Raises ModelError for other modules.

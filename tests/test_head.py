@@ -240,8 +240,8 @@ def own_bytes(drafter, target):
     """Bytes of the head's own matrices, its rows of the output head included."""
     shared = {tensor.data_ptr() for tensor in (*target.parameters(), *target.buffers())}
     tensors = [*drafter.parameters(), *drafter.buffers()]
-    if isinstance(drafter._rows, torch.Tensor):
-        tensors.append(drafter._rows)
+    if isinstance(drafter.rows, torch.Tensor):
+        tensors.append(drafter.rows)
     return sum(tensor.nbytes for tensor in tensors if tensor.dim() == 2 and tensor.data_ptr() not in shared)
 
 

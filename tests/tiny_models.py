@@ -13,6 +13,8 @@ NARROW = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "n
 ARCHITECTURES = {
     "llama": lambda: transformers.LlamaConfig(**COMMON, **NARROW),
     "qwen2": lambda: transformers.Qwen2Config(**COMMON, **NARROW),
+    "qwen3": lambda: transformers.Qwen3Config(**COMMON, **NARROW),
+    "mistral": lambda: transformers.MistralConfig(**COMMON, **NARROW, sliding_window=None),
     "gpt2": lambda: transformers.GPT2Config(**COMMON, n_embd=32, n_layer=3, n_head=4),
     "gemma": lambda: transformers.GemmaConfig(**COMMON, **NARROW),
     "gemma2": lambda: transformers.Gemma2Config(**COMMON, **NARROW, sliding_window=8),  # every second layer slides

@@ -1,0 +1,239 @@
+"""The engine reads a model's weights as the model means them, and a token's logits do not depend on what is read with
+it."""
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, noisy_copy, prompt_ids, tiny_model
+from torch import nn
+
+import speckv
+from speckv import ModelError
+from speckv.cache import CachedModel
+from speckv.engine import MOST_ROWS, ROOM, DecoderStack, HeldMatrix, why_not
+from speckv.fast import FastTarget
+from speckv.int8 import Int8Linear
+from speckv.kernels import serving
+
+pytestmark = pytest.mark.skipif(serving()["cpu"][0] != "cpu", reason="needs the C++ kernels")
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+SHAPES = [(1, 1), (32, 64), (33, 65), (97, 96), (160, 576), (64, 1000)]
+
+
+def long_prompt(length):
+    return torch.randint(2, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(length))
+
+
+def close(ours, theirs, tolerance):
+    return (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("length", [1, 12, MOST_ROWS + 20])
+def test_logits_and_hidden_states_are_the_models(family, length):
+    model, layers = tiny_model(family), (0, 2, -1)
+    ids = long_prompt(length + 9)
+    fast, plain = FastTarget.of(model).open(), CachedModel(model)
+    for end in (length, length + 1, length + 5, length + 9):
+        keep = min(3, end - plain.length)
+        ours, theirs = (one.read(ids[:, :end], keep, layers) for one in (fast, plain))
+        assert fast.length == plain.length == end
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine.shape == other.shape
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+        for one in (fast, plain):
+            one.rollback(end - 1)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_has_the_same_logits_alone_and_among_others(family, dtype):
+    model = tiny_model(family).to(dtype)
+    ids, session = long_prompt(40), FastTarget.of(model).open()
+    session.read(ids[:, :20], 1)
+    alone = torch.cat([session.read(ids[:, :end], 1)[0] for end in range(21, 41)], dim=1)
+    for width in (2, 3, 5, 9, 20):
+        session.rollback(20)
+        together = torch.cat([session.read(ids[:, :end], min(width, end - session.length))[0]
+                              for end in range(20 + width, 41, width)], dim=1)
+        assert torch.equal(together, alone[:, :together.shape[1]])
+
+
+@torch.inference_mode()
+def test_threads_do_not_change_a_bit():
+    model = tiny_model("llama", hidden_size=512, intermediate_size=1024).bfloat16()
+    ids, threads = long_prompt(30), torch.get_num_threads()
+    logits = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            logits.append(FastTarget.of(model).open().read(ids, 30)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows,columns", SHAPES)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_dense_matrices(rows, columns, count, has_bias):
+    torch.manual_seed(rows + count)
+    module, x = nn.Linear(columns, rows, bias=has_bias), torch.randn(count, columns)
+    torch.testing.assert_close(HeldMatrix(module)(x), module(x), rtol=1e-4, atol=1e-4)
+    module.bfloat16()
+    rounded = nn.functional.linear(x.bfloat16().double(), module.weight.double(),
+                                   module.bias.double() if has_bias else None).float()
+    torch.testing.assert_close(HeldMatrix(module)(x), rounded, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows,columns", SHAPES)
+def test_int8_matrices_of_drafters(rows, columns):
+    torch.manual_seed(rows)
+    module, x = Int8Linear(torch.randn(rows, columns), torch.randn(rows)), torch.randn(3, columns)
+    torch.testing.assert_close(HeldMatrix(module)(x), module(x), rtol=1e-4, atol=1e-4)
+
+
+def quantized(module):
+    """A linear map of bitsandbytes as it is once it is loaded on the CPU."""
+    torch.manual_seed(0)
+    module.weight.data.normal_()
+    module.weight = module.weight._quantize("cpu")
+    return module.eval()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("was_used", [False, True])
+def test_four_bit_matrices(kind, nested, was_used):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    module = quantized(bitsandbytes.nn.Linear4bit(128, 96, quant_type=kind, compress_statistics=nested,
+                                                  compute_dtype=torch.bfloat16))
+    dense = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+    x = torch.randn(5, 128)
+    if was_used:
+        module(x[:1].bfloat16())
+    expected = x.bfloat16().float() @ dense.T + module.bias.float()
+    assert close(HeldMatrix(module)(x), expected, 6e-3)  # bitsandbytes' layout for CPUs rounds the scales to bf16
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_eight_bit_matrices(threshold):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    module = quantized(bitsandbytes.nn.Linear8bitLt(130, 97, has_fp16_weights=False, threshold=threshold))
+    x = torch.randn(4, 130).bfloat16()
+    x[0, 5], x[1, 7], x[1, 100] = 9.0, -30.0, 6.0  # outliers, and one on the threshold
+    ours = HeldMatrix(module)(x.float())
+    alone = torch.cat([module(row.unsqueeze(0).clone()).float() for row in x])
+    assert close(ours, alone, 6e-3)
+    assert close(HeldMatrix(module)(x.float()), ours, 1e-4)  # a first product moves the weights, and rounds the bias
+
+
+def test_a_build_without_bf16_units_agrees():
+    """The other build of each loop, in a process of its own."""
+    code = textwrap.dedent("""
+        import torch
+        from speckv.kernels import serving
+        torch.manual_seed(0)
+        no, x = torch.empty(0), torch.randn(6, 576)
+        table = torch.linspace(-1, 1, 16)
+        matrices = [
+            (torch.randn(100, 576).bfloat16(), no, no, no),
+            (torch.randint(0, 256, (96, 288), dtype=torch.uint8), torch.rand(9, 96).bfloat16(), no, table),
+            (torch.randint(-128, 128, (100, 576), dtype=torch.int8), torch.rand(100), no, torch.tensor([2.5])),
+        ]
+        for parts in matrices:
+            number = torch.ops.speckv.open_matrix(*parts)
+            for count in (1, 6):
+                print(torch.ops.speckv.multiply_matrix(number, x[:count])[0, :90].tolist())
+    """)
+    lines = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                            env=os.environ | {"SPECKV_BF16_UNITS": units}).stdout.splitlines() for units in ("1", "0")]
+    for with_units, without in zip(*lines, strict=True):
+        torch.testing.assert_close(torch.tensor(eval(with_units)), torch.tensor(eval(without)), rtol=1e-4, atol=1e-3)
+    for build in lines:
+        for i in range(0, 6, 2):
+            assert build[i] == build[i + 1]  # one row alone and among others
+
+
+@pytest.mark.parametrize("policy", ["off", "fixed:1", "fixed:4", "adaptive", "svip"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_output_is_that_of_transformers(family, policy):
+    target, ids = tiny_model(family), prompt_ids(8)
+    output = speckv.generate(target, noisy_copy(target), ids, max_new_tokens=40, policy=policy, fast=True)
+    assert torch.equal(output.sequences, target.generate(ids, do_sample=False, max_new_tokens=40, pad_token_id=0))
+
+
+@pytest.mark.parametrize("policy", ["fixed:1", "fixed:4", "adaptive"])
+def test_bf16_text_is_that_of_plain_decoding_to_the_last_token(policy):
+    target = tiny_model("llama", seed=2).bfloat16()
+    for seed in range(4):
+        ids = prompt_ids(8, seed)
+        plain = speckv.generate(target, None, ids, max_new_tokens=100, policy="off", fast=True)
+        output = speckv.generate(target, noisy_copy(target), ids, max_new_tokens=100, policy=policy, fast=True)
+        assert torch.equal(output.sequences, plain.sequences)
+
+
+def test_a_long_text_outgrows_the_cache():
+    target = tiny_model("llama", max_position_embeddings=2048)
+    ids = prompt_ids(8)
+    output = speckv.generate(target, None, ids, max_new_tokens=ROOM + 60, policy="off", fast=True)
+    assert torch.equal(output.sequences,
+                       target.generate(ids, do_sample=False, max_new_tokens=ROOM + 60, pad_token_id=0))
+
+
+@pytest.mark.parametrize("family,reason", [("gpt2", "not one of llama"), ("gemma2", "not one of llama"),
+                                           ("mistral-sliding", "sliding window")])
+def test_other_models_are_refused_by_name_and_decoded_all_the_same(family, reason):
+    target, ids = tiny_model(family), prompt_ids(8)
+    assert reason in why_not(target)
+    with pytest.raises(ModelError, match=reason):
+        FastTarget.of(target)
+    with pytest.warns(UserWarning, match=reason):
+        output = speckv.generate(target, None, ids, max_new_tokens=10, policy="off", fast=True)
+    assert torch.equal(output.sequences, target.generate(ids, do_sample=False, max_new_tokens=10, pad_token_id=0))
+
+
+def test_parts_that_are_not_known_are_refused():
+    target = tiny_model("llama").half()
+    assert "float16" in why_not(target)
+    with pytest.raises(ModelError, match="Bilinear"):
+        HeldMatrix(nn.Bilinear(2, 2, 2))
+
+
+def test_ops_refuse_what_does_not_fit():
+    stack = DecoderStack(tiny_model("llama"))
+    keys, values = torch.zeros(3, 2, 4, 8), torch.zeros(3, 2, 4, 8)
+    for x, start, layers, words in (
+            (torch.zeros(1, 31), 0, [], "size 32"), (torch.zeros(5, 32), 0, [], "room for 4 tokens"),
+            (torch.zeros(1, 32), -1, [], "room for 4 tokens"), (torch.zeros(1, 32), 0, [2, 1], "ascending"),
+            (torch.zeros(1, 32).double(), 0, [], "float32")):
+        with pytest.raises(RuntimeError, match=words):
+            stack.read(x, keys, values, start, layers)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        stack.read(torch.zeros(1, 32), keys.transpose(2, 3).contiguous().transpose(2, 3), values, 0, [])
+    with pytest.raises(RuntimeError, match="none of number"):
+        torch.ops.speckv.multiply_matrix(10**9, torch.zeros(1, 1))
+
+
+def test_weights_are_let_go_with_the_model():
+    target = tiny_model("llama")
+    number = FastTarget.of(target).stack._number
+    weight = target.model.layers[0].mlp.up_proj.weight
+    speckv.generate(target, None, prompt_ids(4), max_new_tokens=4, policy="off", fast=True)
+    del target
+    gc.collect()
+    with pytest.raises(RuntimeError, match="none of number"):
+        torch.ops.speckv.read_decoder(number, torch.zeros(1, 32), torch.zeros(3, 2, 4, 8), torch.zeros(3, 2, 4, 8), 0,
+                                      [])
+    assert sys.getrefcount(weight) <= 3
