@@ -14,51 +14,63 @@ constexpr float kLowest = std::numeric_limits<float>::lowest();  // of what has 
 // either keeps both.
 uint32_t key_of(float value) {
     const uint32_t bits = to_bits(value);
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
+    return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
 }
 
 float value_of(uint32_t key) {
     return from_bits(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
+double one(int64_t) {
+    return 1.0;
+}
+
 // The value at which the weights of all values from the highest down to it first reach `limit` > 0; the lowest value
 // where they never do. weight(i) >= 0 belongs to values[i]. With weights of 1 it is the limit-th highest value.
 //
-// A radix descent, eight bits of the key at a time: the weights under each digit, from the highest digit down, say
-// which digit the value has.
+// A radix descent: the range of keys is cut into 256 parts, the sums of their weights say in which the value lies, and
+// that part is cut again.
 template <class Weight>
-float value_reaching(const std::vector<float>& values, double limit, const Weight& weight) {
-    uint32_t prefix = 0;
-    double above = 0.0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
+float value_reaching(const float* values, int64_t size, double limit, const Weight& weight) {
+    uint32_t first = key_of(values[0]);
+    uint32_t last = first;
+    for (int64_t i = 1; i < size; ++i) {
+        first = std::min(first, key_of(values[i]));
+        last = std::max(last, key_of(values[i]));
+    }
+    uint64_t range = static_cast<uint64_t>(last - first) + 1;  // of keys from `first` on
+    double above = 0.0;                                        // the weights of the keys behind the range
+    for (;;) {
+        int shift = 0;
+        while ((range - 1) >> shift > 0xff) {
+            ++shift;
+        }
         double sums[256] = {};
         bool is_present[256] = {};
-        const uint64_t high = static_cast<uint64_t>(prefix) >> (shift + 8);  // of 64 bits: a shift by 32 is defined
-        for (size_t i = 0; i < values.size(); ++i) {
-            const uint32_t key = key_of(values[i]);
-            if (static_cast<uint64_t>(key) >> (shift + 8) == high) {
-                const uint32_t digit = key >> shift & 0xffu;
-                sums[digit] += weight(i);
-                is_present[digit] = true;
+        for (int64_t i = 0; i < size; ++i) {
+            const uint32_t offset = key_of(values[i]) - first;  // large, by wrapping round, where the key is smaller
+            if (offset < range) {
+                sums[offset >> shift] += weight(i);
+                is_present[offset >> shift] = true;
             }
         }
-        uint32_t lowest = 256;
-        for (uint32_t digit = 256; digit-- > 0;) {
-            if (!is_present[digit]) {
+        uint32_t part = 256;
+        for (uint32_t lower = 256; lower-- > 0;) {
+            if (!is_present[lower]) {
                 continue;
             }
-            // Values behind it are left where the sum falls short of the limit.
-            if (lowest < 256) {
-                above += sums[lowest];
-            }
-            lowest = digit;
-            if (above + sums[digit] >= limit) {
+            above += part < 256 ? sums[part] : 0.0;
+            part = lower;
+            if (above + sums[part] >= limit) {
                 break;
             }
         }
-        prefix |= lowest << shift;
+        first += part << shift;
+        if (shift == 0) {
+            return value_of(first);
+        }
+        range = uint64_t{1} << shift;
     }
-    return value_of(prefix);
 }
 
 // The lowest number x with (x - maximum) * scale >= log(min_p): what has min_p of the highest probability or more. Found
@@ -92,14 +104,23 @@ bool FilteredDistribution::read_maxima() {
         }
         group_maxima(block.values, block.size, maxima_.data() + start / kGroupSize);
     }
-    return std::isfinite(largest(maxima_.data(), static_cast<int64_t>(maxima_.size())));
+    maximum_ = largest(maxima_.data(), static_cast<int64_t>(maxima_.size()));
+    return std::isfinite(maximum_);
 }
 
 // Takes the logits from cut on, in vocabulary order; groups that have none are not read.
 void FilteredDistribution::collect(float cut) {
     constexpr int64_t kGroupsPerBlock = kBlockSize / kGroupSize;
+    if (static_cast<int64_t>(tokens_.size()) < row_.size + 1) {
+        tokens_.resize(row_.size + 1);
+        logits_.resize(row_.size + 1);
+        weights_.resize(row_.size + 1);
+    }
+    // Locals, which the compiler need not write back for fear that the stores change them.
+    int64_t* tokens = tokens_.data();
+    float* logits = logits_.data();
+    int64_t count = 0;
     BlockBuffer buffer;
-    size_t count = 0;
     for (int64_t start = 0; start < row_.size; start += kBlockSize) {
         Block block{nullptr, 0};
         const float* maxima = maxima_.data() + start / kGroupSize;
@@ -113,18 +134,15 @@ void FilteredDistribution::collect(float cut) {
             }
             const int64_t begin = group * kGroupSize;
             const int64_t end = std::min(begin + kGroupSize, block.size);
-            // Without branches, each logit is written and stays where the count moves on.
-            tokens_.resize(count + kGroupSize);
-            logits_.resize(count + kGroupSize);
+            // Without branches: each logit is written, and stays where the count moves on.
             for (int64_t i = begin; i < end; ++i) {
-                tokens_[count] = start + i;
-                logits_[count] = block.values[i];
+                tokens[count] = start + i;
+                logits[count] = block.values[i];
                 count += block.values[i] >= cut;
             }
         }
     }
-    tokens_.resize(count);
-    logits_.resize(count);
+    count_ = count;
     threshold_ = cut;
 }
 
@@ -132,22 +150,20 @@ void FilteredDistribution::drop_below(float threshold) {
     if (threshold <= threshold_) {
         return;
     }
-    size_t count = 0;
-    for (size_t i = 0; i < logits_.size(); ++i) {
-        const float logit = logits_[i];
-        tokens_[count] = tokens_[i];
-        logits_[count] = logit;
-        weights_[count] = weights_[i];
+    int64_t* tokens = tokens_.data();
+    float* logits = logits_.data();
+    float* weights = weights_.data();
+    const int64_t size = count_;
+    int64_t count = 0;
+    for (int64_t i = 0; i < size; ++i) {
+        const float logit = logits[i];
+        tokens[count] = tokens[i];
+        logits[count] = logit;
+        weights[count] = weights[i];
         count += logit >= threshold;
     }
-    tokens_.resize(count);
-    logits_.resize(count);
-    weights_.resize(count);
+    count_ = count;
     threshold_ = threshold;
-}
-
-double FilteredDistribution::mass_kept() const {
-    return sum_double(weights_.data(), static_cast<int64_t>(weights_.size()));
 }
 
 bool FilteredDistribution::read(const Row& row, float scale, const Filters& filters) {
@@ -155,45 +171,56 @@ bool FilteredDistribution::read(const Row& row, float scale, const Filters& filt
     if (!read_maxima()) {
         return false;
     }
-    const float maximum = largest(maxima_.data(), static_cast<int64_t>(maxima_.size()));
+    const auto groups = static_cast<int64_t>(maxima_.size());
     const bool has_top_k = filters.top_k > 0;
     const bool has_top_p = filters.top_p < 1;
-    const float least_by_min_p = filters.min_p > 0 ? min_p_threshold(filters.min_p, maximum, scale) : kLowest;
+    const auto top_k = static_cast<double>(filters.top_k);
+    const float least_by_min_p = filters.min_p > 0 ? min_p_threshold(filters.min_p, maximum_, scale) : kLowest;
+    // At top_p = 0 the highest logits still stay.
+    const auto mass_to_reach = [&](double total) {
+        return std::max(filters.top_p * total, std::numeric_limits<double>::min());
+    };
 
-    // First a cut that is cheap to find and below which nothing matters; what is above is seldom more than some
-    // hundred logits. min_p's own threshold is one, unless top_p needs the mass of all that top_k keeps.
+    // First a cut that is cheap to find and not above the threshold; what reaches it is seldom more than some hundred
+    // logits. With the maxima of the groups alone, top_k and top_p are reached at a logit that is at most as high.
+    // min_p's own threshold will do too, unless top_p needs the mass of all that top_k keeps.
     float cut = has_top_k && has_top_p ? kLowest : least_by_min_p;
     double row_total = 0.0;
     if (has_top_k) {
-        // As many groups reach the k-th highest of their maxima, and with them as many logits.
-        if (filters.top_k <= static_cast<int64_t>(maxima_.size())) {
-            const auto top_k = static_cast<double>(filters.top_k);
-            cut = std::max(cut, value_reaching(maxima_, top_k, [](size_t) { return 1.0; }));
+        if (filters.top_k <= groups) {
+            cut = std::max(cut, value_reaching(maxima_.data(), groups, top_k, one));
         }
     } else if (has_top_p) {
         thread_local std::vector<double> masses;
+        thread_local std::vector<float> weights;
         row_total = distribution(row, scale, masses).total;
-        // Even if all logits stood at the cut, they would have but half of the mass that top_p leaves out.
-        const double left_out = 0.5 * (1.0 - filters.top_p) * row_total;
-        const double level = maximum + std::log(left_out / static_cast<double>(row.size)) / scale;
-        cut = static_cast<float>(std::max<double>(cut, level));
+        weights.resize(groups);
+        exp_weights(maxima_.data(), groups, maximum_, scale, weights.data());
+        if (sum_double(weights.data(), groups) >= mass_to_reach(row_total)) {
+            const auto weight = [&](int64_t i) { return weights[i]; };
+            cut = std::max(cut, value_reaching(maxima_.data(), groups, mass_to_reach(row_total), weight));
+        } else {
+            // Even if all logits stood at the cut, they would have but half of the mass that top_p leaves out.
+            const double left_out = 0.5 * (1.0 - filters.top_p) * row_total;
+            const double level = maximum_ + std::log(left_out / static_cast<double>(row.size)) / scale;
+            cut = static_cast<float>(std::max<double>(cut, level));
+        }
     }
     collect(cut);
 
-    weights_.resize(logits_.size());
-    exp_weights(logits_.data(), static_cast<int64_t>(logits_.size()), maximum, scale, weights_.data());
+    exp_weights(logits_.data(), count_, maximum_, scale, weights_.data());
     if (has_top_k) {
-        drop_below(value_reaching(logits_, static_cast<double>(filters.top_k), [](size_t) { return 1.0; }));
+        drop_below(value_reaching(logits_.data(), count_, top_k, one));
     }
     if (has_top_p) {
-        const double mass = has_top_k ? mass_kept() : row_total;
-        // At top_p = 0 the highest logits still stay.
-        const double limit = std::max(filters.top_p * mass, std::numeric_limits<double>::min());
-        drop_below(value_reaching(logits_, limit, [&](size_t i) { return weights_[i]; }));
+        const double limit = mass_to_reach(has_top_k ? sum_double(weights_.data(), count_) : row_total);
+        drop_below(value_reaching(logits_.data(), count_, limit, [weights = weights_.data()](int64_t i) {
+            return weights[i];
+        }));
     }
     drop_below(least_by_min_p);
-    total_ = mass_kept();
-    softmax_ = {maximum, scale, static_cast<float>(1.0 / total_)};
+    total_ = sum_double(weights_.data(), count_);
+    softmax_ = {maximum_, scale, static_cast<float>(1.0 / total_)};
     return true;
 }
 
@@ -202,23 +229,22 @@ float FilteredDistribution::probability(int64_t token) const {
 }
 
 int64_t FilteredDistribution::sample(float uniform) const {
-    return tokens_[search_block(weights_.data(), static_cast<int64_t>(weights_.size()), uniform * total_)];
+    return tokens_[search_block(weights_.data(), count_, uniform * total_)];
 }
 
 int64_t FilteredDistribution::sample_residual(const FilteredDistribution& q, float uniform) const {
     // Only of the tokens kept can anything be left.
     thread_local std::vector<float> q_logits;
     thread_local std::vector<float> residual;
-    const auto size = static_cast<int64_t>(tokens_.size());
-    q_logits.resize(size);
-    residual.resize(size);
-    for (int64_t i = 0; i < size; ++i) {
+    q_logits.resize(count_);
+    residual.resize(count_);
+    for (int64_t i = 0; i < count_; ++i) {
         const float logit = logit_at(q.row_, tokens_[i]);
         q_logits[i] = logit >= q.threshold_ ? logit : -kInfinity;
     }
-    residual_weights(logits_.data(), q_logits.data(), size, softmax_, q.softmax_, residual.data());
-    const double total = sum_double(residual.data(), size);
-    return total > 0 ? tokens_[search_block(residual.data(), size, uniform * total)] : sample(uniform);
+    residual_weights(logits_.data(), q_logits.data(), count_, softmax_, q.softmax_, residual.data());
+    const double total = sum_double(residual.data(), count_);
+    return total > 0 ? tokens_[search_block(residual.data(), count_, uniform * total)] : sample(uniform);
 }
 
 void FilterTensors::check(const char* op, int64_t rows) const {

@@ -38,13 +38,14 @@ class FilteredDistribution {
     bool read_maxima();
     void collect(float cut);
     void drop_below(float threshold);
-    double mass_kept() const;
 
     Row row_;
-    Softmax softmax_;
-    double total_;     // of the weights
+    float maximum_;
     float threshold_;  // the lowest logit kept
-    // The tokens kept, in vocabulary order.
+    Softmax softmax_;
+    double total_;  // of the weights
+    // The tokens kept, in vocabulary order; each vector is as long as the longest row so far.
+    int64_t count_;
     std::vector<int64_t> tokens_;
     std::vector<float> logits_;
     std::vector<float> weights_;  // exp((logit - maximum) * scale)
