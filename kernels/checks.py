@@ -47,11 +47,12 @@ def _logits(op, name, logits):
 
 
 def _filters(op, logits, top_k, top_p, min_p):
-    for name, tensor, dtype, words in (("top_k", top_k, torch.int64, "int64"), ("top_p", top_p, torch.float32, "float32"),
-                                       ("min_p", min_p, torch.float32, "float32")):
+    float32 = torch.float32, "float32"
+    for name, tensor, dtype in (("top_k", top_k, (torch.int64, "int64")), ("top_p", top_p, float32),
+                                ("min_p", min_p, float32)):
         if tensor is not None:
             _shape(op, name, tensor, logits.shape[0])
-            _dtype(op, name, tensor, dtype, words)
+            _dtype(op, name, tensor, *dtype)
             _device(op, logits, tensor)
 
 

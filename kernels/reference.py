@@ -188,9 +188,10 @@ def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperatu
     draft_tokens [B, K] i64 (a negative id is padding and ends the row's draft); num_draft [B] i64 in [0, K];
     temperature [B] f32; uniform [B, K+1] f32 in [0, 1): column i decides on draft token i, and column num_draft[b]
     draws the token after the accepted ones. top_k, top_p and min_p [B], as for filter_logits, hold for all positions
-    of a row, of the target and of the draft: with the settings that drew the draft tokens, q is what they were drawn
-    from, and p the distribution that is sampled from. Returns tokens [B, K+1] i64 (accepted tokens, then the recovered or
-    bonus token, then -1) and accepted [B] i64. Raises RuntimeError for bad logits in a row that decides something.
+    of a row, of the target and of the draft: p is the target's distribution after them, and q, where they are the
+    settings that the draft tokens were drawn with, what those were drawn from. Returns tokens [B, K+1] i64 (accepted
+    tokens, then the recovered or bonus token, then -1) and accepted [B] i64. Raises RuntimeError for bad logits in a
+    row that decides something.
 
     Source: Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318, theorem 1.
     """
