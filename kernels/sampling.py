@@ -190,8 +190,8 @@ def value_reaching(
         key = tl.full((), 0, tl.int32)
     for i in range(31 - LAST_BIT):
         raised = key | (1 << (30 - i))
-        if weight_from(raised, least, row_ptr, highest, inverse_t, vocabulary, IS_COUNT, BLOCK_V) >= limit:
-            key = raised
+        weight = weight_from(raised, least, row_ptr, highest, inverse_t, vocabulary, IS_COUNT, BLOCK_V)
+        key = tl.where(weight >= limit, raised, key)
     return value_of(key)
 
 

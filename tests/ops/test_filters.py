@@ -121,6 +121,7 @@ def test_verify_chain_agrees_with_the_reference_on_poisoned_views(shape, dtype):
 @each_setting
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_what_is_kept_is_what_transformers_keeps(setting, temperature):
+    skip_in_the_interpreter(temperature != 1, "every temperature")
     for vocabulary, seed in ((7, 0), (100, 1), (1023, 2)):
         logits = random_logits(20, vocabulary, seed=seed)
         logits[:, 2::7] = -INF
@@ -177,7 +178,8 @@ def test_hand_written_sets(setting, tokens):
     # 1/8, 1/2, 3/16, nothing, 3/16
     logits = torch.tensor([0.125, 0.5, 0.1875, 0.0, 0.1875]).log()
     assert kept_by_the_op(logits, 1.0, setting)[0].tolist() == tokens
-    assert kept_by_the_op(logits * 0.5, 0.5, setting)[0].tolist() == tokens
+    if not INTERPRETED:
+        assert kept_by_the_op(logits * 0.5, 0.5, setting)[0].tolist() == tokens
 
 
 def test_filters_that_are_off_change_nothing():
@@ -230,7 +232,8 @@ def test_tokens_stay_in_the_support_at_the_ends_of_the_uniforms(uniform):
 def test_q_of_verify_chain_is_what_draft_sample_drew_from(setting):
     """Of each token that can be drafted, the share of uniforms that accept it, p/q, gives q back: it is the reported
     prob, and where the target is the draft, nothing that was drafted is ever rejected."""
-    vocabulary, rows = 30, 16
+    skip_in_the_interpreter(len(setting) < 3, "every filter of its own")
+    vocabulary, rows = 30, 4 if INTERPRETED else 16
     draft = random_logits(vocabulary, seed=7) / 3
     temperature, filters = torch.full((rows,), 0.8), filters_of(rows, **setting)
     token, prob, *_ = call("draft_sample", {"logits": draft.expand(rows, -1), "temperature": temperature,
@@ -292,6 +295,7 @@ def assert_lossless(verify, setting):
 @pytest.mark.parametrize("setting", [{"top_k": 2}, {"top_k": 3}, {"top_p": 0.6}, {"top_p": 0.9}, {"min_p": 0.5},
                                      {"top_k": 4, "top_p": 0.8, "min_p": 0.2}], ids=str)
 def test_emission_integrates_to_the_filtered_target(setting):
+    skip_in_the_interpreter(len(setting) < 3, "every filter of its own")
     assert_lossless(lambda **values: call("verify_chain", values), setting)
 
 
@@ -311,6 +315,7 @@ def target_unfiltered(target_logits, draft_logits, temperature, top_k, **values)
 
 @pytest.mark.parametrize("wrong", [draft_unfiltered, target_unfiltered])
 def test_the_integration_rejects_a_wrong_verifier(wrong):
+    skip_in_the_interpreter(True, "a check of the check")
     with pytest.raises(AssertionError, match="not close"):
         assert_lossless(wrong, {"top_k": 3})
 
