@@ -64,7 +64,7 @@ def test_draft_sample(benchmark, monkeypatch, vocabulary, mode, name):
 
 
 def warp_and_draw(logits, temperature, uniform):
-    """transformers' warpers in its order, with the uniform of draft_sample; torch.multinomial takes as long."""
+    """transformers' warpers in its order, then the draw of the reference, so that the token can be compared."""
     scores = logits.float() / temperature
     for warper in (TopKLogitsWarper(FILTERS["top_k"]), TopPLogitsWarper(FILTERS["top_p"]),
                    MinPLogitsWarper(FILTERS["min_p"])):
