@@ -5,11 +5,14 @@ Each test times one implementation in one group; its results are checked against
 
 import pytest
 import torch
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import speckv.kernels as kernels
 from speckv.kernels import checks, reference
 
 VOCABULARIES = (49152, 128256)
+LARGE_VOCABULARY = 151936
+FILTERS = {"top_k": 50, "top_p": 0.9, "min_p": 0.05}
 TEMPERATURES = {"greedy": 0.0, "T=0.8": 0.8, "T=1": 1.0}
 GAMMA = 8
 STOPS = {"reject first": 0, "reject middle": GAMMA // 2, "accept all": GAMMA}
@@ -58,6 +61,31 @@ def test_draft_sample(benchmark, monkeypatch, vocabulary, mode, name):
     expected = reference.draft_sample(*args)
     function = implementation(name, "draft_sample", monkeypatch)
     measure(benchmark, f"draft_sample {mode} V={vocabulary}", name, function, args, expected, 2 * vocabulary)
+
+
+def warp_and_draw(logits, temperature, uniform):
+    """transformers' warpers in its order, then the draw of the reference, so that the token can be compared."""
+    scores = logits.float() / temperature
+    for warper in (TopKLogitsWarper(FILTERS["top_k"]), TopPLogitsWarper(FILTERS["top_p"]),
+                   MinPLogitsWarper(FILTERS["min_p"])):
+        scores = warper(None, scores)
+    q = torch.softmax(scores, dim=-1)
+    token = reference.sample_inverse_cdf(q, uniform)
+    return token, q.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.mark.parametrize("name", ["speckv", "unfiltered", "reference", "transformers"])
+def test_draft_sample_filtered(benchmark, name):
+    args = logits_like_a_model(1, LARGE_VOCABULARY).float(), torch.tensor([0.8]), torch.tensor([0.37])
+    filters = [torch.tensor([value]) for value in FILTERS.values()]
+    function, args = {"speckv": (kernels.draft_sample, (*args, *filters)), "unfiltered": (kernels.draft_sample, args),
+                      "reference": (reference.draft_sample, (*args, *filters)),
+                      "transformers": (warp_and_draw, args)}[name]
+    expected = reference.draft_sample(*args) if name == "unfiltered" else reference.draft_sample(*args[:3], *filters)
+    group = f"draft_sample top-k, top-p, min-p, T=0.8 fp32 V={LARGE_VOCABULARY}"
+    if name == "transformers":
+        expected = expected[:2]
+    measure(benchmark, group, name, function, args, expected, 4 * LARGE_VOCABULARY)
 
 
 def chain_that_stops_at(stop, vocabulary):

@@ -11,7 +11,8 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "ops.json"
-BASELINES = ("reference", "torch.compile", "bf16")  # the last only where there is a product with bf16 weights
+# bf16 only where there is a product with bf16 weights, the last two only for draft_sample with filters.
+BASELINES = ("reference", "torch.compile", "bf16", "transformers", "unfiltered")
 
 
 def run(arguments):

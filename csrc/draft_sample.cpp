@@ -28,7 +28,7 @@ struct RunningSums {
 
 }  // namespace
 
-DraftSample draft_sample_row(const Row& row, float temperature, float uniform) {
+DraftSample draft_sample_row(const Row& row, float temperature, float uniform, const Filters& filters) {
     thread_local std::vector<double> masses;
     thread_local std::vector<float> shifts;
     const int64_t blocks = block_count(row.size);
@@ -36,7 +36,8 @@ DraftSample draft_sample_row(const Row& row, float temperature, float uniform) {
     shifts.resize(blocks);
 
     const bool is_greedy = temperature == 0;
-    const float scale = is_greedy ? 1.0f : scale_of(temperature);
+    const bool is_filtered = !is_greedy && filters.is_on();
+    const float scale = is_greedy || is_filtered ? 1.0f : scale_of(temperature);
     RunningSums sums;
     BlockBuffer buffer;
     for (int64_t i = 0; i < blocks; ++i) {
@@ -57,7 +58,7 @@ DraftSample draft_sample_row(const Row& row, float temperature, float uniform) {
         const ExpSums block_sums = exp_sums(block.values, block.size, sums.maximum);
         sums.total += block_sums.sum;
         sums.weighted += block_sums.weighted;
-        // At temperature 1, and when greedy, where the masses are not needed, one exp serves for both distributions.
+        // At temperature 1, and when greedy or filtered, where the masses are not needed, one exp serves for both.
         masses[i] = scale == 1.0f ? block_sums.sum : exp_sum(block.values, block.size, sums.maximum, scale);
     }
     if (!std::isfinite(sums.maximum) || !std::isfinite(sums.total)) {
@@ -74,6 +75,15 @@ DraftSample draft_sample_row(const Row& row, float temperature, float uniform) {
         drafted.prob = 1.0f;
         return drafted;
     }
+    if (is_filtered) {
+        thread_local FilteredDistribution filtered;
+        if (!filtered.read(row, scale_of(temperature), filters)) {
+            return {};
+        }
+        drafted.token = filtered.sample(uniform);
+        drafted.prob = filtered.probability(drafted.token);
+        return drafted;
+    }
     const double total = rescale_masses(masses, shifts, sums.maximum, scale);
     const Softmax softmax{sums.maximum, scale, static_cast<float>(1.0 / total)};
     drafted.token = sample(row, softmax, masses, total, uniform);
@@ -81,18 +91,23 @@ DraftSample draft_sample_row(const Row& row, float temperature, float uniform) {
     return drafted;
 }
 
-void check_draft_sample(const char* op, const Tensor& logits, const Tensor& temperature, const Tensor& uniform) {
+void check_draft_sample(
+    const char* op, const Tensor& logits, const Tensor& temperature, const Tensor& uniform,
+    const FilterTensors& filters) {
     check_shape(op, "logits", logits, {kAnySize, kAnySize});
     check_logits(op, "logits", logits);
     check_shape(op, "temperature", temperature, {logits.size(0)});
     check_float32(op, "temperature", temperature);
     check_shape(op, "uniform", uniform, {logits.size(0)});
     check_float32(op, "uniform", uniform);
+    filters.check(op, logits.size(0));
 }
 
 DraftSampleOutputs draft_sample_rows(
-    const char* op, const Logits& logits, const float* temperature, const float* uniform, int64_t rows) {
+    const char* op, const Logits& logits, const float* temperature, const float* uniform,
+    const FilterTensors& filters, int64_t rows) {
     check_sampling_values(op, temperature, uniform, rows, 1);
+    const std::vector<Filters> row_filters = filters_of_rows(op, filters, rows);
 
     DraftSampleOutputs outputs{
         empty_int64<1>({rows}), empty_float32<1>({rows}), empty_float32<1>({rows}), empty_float32<1>({rows})};
@@ -101,7 +116,8 @@ DraftSampleOutputs draft_sample_rows(
     auto* entropy = mutable_data<float>(outputs.entropy);
     auto* confidence = mutable_data<float>(outputs.confidence);
     for_each_row(rows, logits.vocabulary, [&](int64_t i) {
-        const DraftSample drafted = draft_sample_row(logits.row(i), temperature[i], uniform[i]);
+        const DraftSample drafted = draft_sample_row(
+            logits.row(i), temperature[i], uniform[i], filters_of(row_filters, i));
         token[i] = drafted.is_valid ? drafted.token : -1;
         prob[i] = drafted.prob;
         entropy[i] = drafted.entropy;
@@ -118,12 +134,15 @@ DraftSampleOutputs draft_sample_rows(
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> draft_sample(
-    const Tensor& logits, const Tensor& temperature, const Tensor& uniform) {
-    check_draft_sample("draft_sample", logits, temperature, uniform);
+    const Tensor& logits, const Tensor& temperature, const Tensor& uniform, const std::optional<Tensor>& top_k,
+    const std::optional<Tensor>& top_p, const std::optional<Tensor>& min_p) {
+    const FilterTensors filters{top_k, top_p, min_p};
+    check_draft_sample("draft_sample", logits, temperature, uniform, filters);
     const Tensor temperatures = as_contiguous(temperature);
     const Tensor uniforms = as_contiguous(uniform);
     DraftSampleOutputs outputs = draft_sample_rows(
-        "draft_sample", as_logits(logits), data<float>(temperatures), data<float>(uniforms), logits.size(0));
+        "draft_sample", as_logits(logits), data<float>(temperatures), data<float>(uniforms), filters,
+        logits.size(0));
     return {outputs.token, outputs.prob, outputs.entropy, outputs.confidence};
 }
 

@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "tensors.h"
+#include "threshold.h"
 
 namespace speckv {
 
@@ -17,10 +18,12 @@ struct DraftSample {
     float confidence;
 };
 
-// One pass over the row, and one block again for the token.
-DraftSample draft_sample_row(const Row& row, float temperature, float uniform);
+// One pass over the row, and one block again for the token; with filters, two or three passes.
+DraftSample draft_sample_row(const Row& row, float temperature, float uniform, const Filters& filters);
 
-void check_draft_sample(const char* op, const Tensor& logits, const Tensor& temperature, const Tensor& uniform);
+void check_draft_sample(
+    const char* op, const Tensor& logits, const Tensor& temperature, const Tensor& uniform,
+    const FilterTensors& filters);
 
 struct DraftSampleOutputs {
     Tensor token;
@@ -30,6 +33,7 @@ struct DraftSampleOutputs {
 };
 // Validates values, then fills [B] outputs; raises naming the first bad row.
 DraftSampleOutputs draft_sample_rows(
-    const char* op, const Logits& logits, const float* temperature, const float* uniform, int64_t rows);
+    const char* op, const Logits& logits, const float* temperature, const float* uniform,
+    const FilterTensors& filters, int64_t rows);
 
 }  // namespace speckv

@@ -35,9 +35,11 @@ void update_signals(float* signals, int64_t drafted, float entropy, float confid
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> draft_step(
     const Tensor& logits, const Tensor& temperature, const Tensor& uniform, const Tensor& signals,
     const Tensor& drafted, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
-    const Tensor& gammas, const Tensor& seconds, double rate) {
+    const Tensor& gammas, const Tensor& seconds, double rate, const std::optional<Tensor>& top_k,
+    const std::optional<Tensor>& top_p, const std::optional<Tensor>& min_p) {
     const char* op = "draft_step";
-    check_draft_sample(op, logits, temperature, uniform);
+    const FilterTensors filters{top_k, top_p, min_p};
+    check_draft_sample(op, logits, temperature, uniform, filters);
     check_plan_gamma(op, signals, w1, b1, w2, b2, gammas, seconds, rate);
     const int64_t rows = logits.size(0);
     const int64_t features = signals.size(1);
@@ -55,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> draft_step(
     const Tensor temperatures = as_contiguous(temperature);
     const Tensor uniforms = as_contiguous(uniform);
     const DraftSampleOutputs sampled = draft_sample_rows(
-        op, as_logits(logits), data<float>(temperatures), data<float>(uniforms), rows);
+        op, as_logits(logits), data<float>(temperatures), data<float>(uniforms), filters, rows);
 
     const Tensor rows_of_signals = as_contiguous(signals);
     Tensor updated = empty_float32<2>({rows, features});

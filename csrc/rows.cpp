@@ -79,7 +79,6 @@ float probability_at(const Row& row, const Softmax& softmax, int64_t token) {
 
 int64_t search_block(const float* weights, int64_t size, double threshold) {
     // Whole groups are skipped by their sum, so that only one group is added up element by element.
-    constexpr int64_t kGroupSize = 64;
     double sum = 0.0;
     int64_t last = -1;
     for (int64_t start = 0; start < size; start += kGroupSize) {

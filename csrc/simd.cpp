@@ -1,9 +1,9 @@
 #include "simd.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
+#include "bits.h"
 #include "clones.h"
 
 namespace speckv {
@@ -11,18 +11,6 @@ namespace {
 
 constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
 constexpr float kSmallestExponent = -87.0f;  // exp(-87) is 1.6e-38, still a normal number
-
-SPECKV_INLINE float from_bits(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
-}
-
-SPECKV_INLINE uint32_t to_bits(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof(bits));
-    return bits;
-}
 
 // Bit arithmetic because GCC does not vectorise the conversion. Sign, exponent and mantissa move to their places in
 // fp32, a product corrects the bias (and normalises subnormals), and inf and NaN get fp32's exponent.
@@ -128,6 +116,24 @@ SPECKV_CLONES float largest(const float* values, int64_t size) {
         a = values[i] > a ? values[i] : a;
     }
     return std::max(std::max(a, b), std::max(c, d));
+}
+
+SPECKV_CLONES void group_maxima(const float* values, int64_t size, float* out) {
+    for (int64_t start = 0; start < size; start += kGroupSize) {
+        const float* group = values + start;
+        float maximum = kNegativeInfinity;
+        if (size - start >= kGroupSize) {
+#pragma omp simd reduction(max : maximum)
+            for (int64_t i = 0; i < kGroupSize; ++i) {
+                maximum = group[i] > maximum ? group[i] : maximum;
+            }
+        } else {
+            for (int64_t i = 0; i < size - start; ++i) {
+                maximum = group[i] > maximum ? group[i] : maximum;
+            }
+        }
+        *out++ = maximum;
+    }
 }
 
 SPECKV_CLONES bool has_nan(const float* values, int64_t size) {

@@ -13,6 +13,9 @@ namespace speckv {
 // 4 KiB of fp32: two such buffers stay in L1, and the block that the inverse CDF reads again is a small part of a row.
 constexpr int64_t kBlockSize = 1024;
 
+// A part of a block that is looked at, or passed over, as one.
+constexpr int64_t kGroupSize = 64;
+
 // fp32 of one block, aligned to a cache line: a 64-byte store across two lines takes twice as long.
 struct alignas(64) BlockBuffer {
     float values[kBlockSize];
@@ -27,6 +30,8 @@ void store_float16(const float* src, int64_t size, uint16_t* dst);
 
 // NaN is passed over; -inf where there is nothing else.
 float largest(const float* values, int64_t size);
+// The same of each kGroupSize values; the last group may be shorter.
+void group_maxima(const float* values, int64_t size, float* out);
 bool has_nan(const float* values, int64_t size);
 // Index of the first element equal to value, or size.
 int64_t find_first(const float* values, int64_t size, float value);

@@ -5,6 +5,7 @@
 
 #include "checks.h"
 #include "tensors.h"
+#include "threshold.h"
 
 namespace speckv {
 namespace {
@@ -17,6 +18,7 @@ struct Chain {
     const int64_t* draft_tokens;  // [proposed], none negative
     int64_t proposed;
     float temperature;
+    Filters filters;
     const float* uniform;  // [K+1]
     float next_uniform;    // draws the token after the accepted ones
 };
@@ -29,29 +31,46 @@ struct Verified {
     Problem problem;
 };
 
-int64_t sample_residual(
-    const Row& target, const Softmax& p, const std::vector<double>& p_masses, double p_total, const Row& draft,
-    const Softmax& q, float uniform) {
-    thread_local std::vector<double> masses;
-    masses.resize(p_masses.size());
-    BlockBuffer p_buffer;
-    BlockBuffer q_buffer;
-    const auto residual = [&](int64_t start, float* weights) {
-        const Block p_block = load_block(target, start, p_buffer.values);
-        const Block q_block = load_block(draft, start, q_buffer.values);
-        return residual_weights(p_block.values, q_block.values, p_block.size, p, q, weights);
-    };
-    BlockBuffer weights;
-    double total = 0.0;
-    for (size_t i = 0; i < masses.size(); ++i) {
-        masses[i] = residual(static_cast<int64_t>(i) * kBlockSize, weights.values);
-        total += masses[i];
+// softmax(row * scale) of the whole vocabulary: FilteredDistribution without filters, and without a list of tokens.
+class WholeDistribution {
+  public:
+    bool read(const Row& row, float scale, const Filters&) {
+        row_ = row;
+        distribution_ = distribution(row, scale, masses_);
+        return distribution_.is_valid;
     }
-    if (total > 0) {
-        return sample_inverse_cdf(masses, total, uniform, target.size, residual);
+
+    float probability(int64_t token) const { return probability_at(row_, distribution_.softmax, token); }
+
+    int64_t sample(float uniform) const {
+        return speckv::sample(row_, distribution_.softmax, masses_, distribution_.total, uniform);
     }
-    return sample(target, p, p_masses, p_total, uniform);
-}
+
+    int64_t sample_residual(const WholeDistribution& q, float uniform) const {
+        thread_local std::vector<double> masses;
+        masses.resize(masses_.size());
+        BlockBuffer p_buffer;
+        BlockBuffer q_buffer;
+        const auto residual = [&](int64_t start, float* weights) {
+            const Block p_block = load_block(row_, start, p_buffer.values);
+            const Block q_block = load_block(q.row_, start, q_buffer.values);
+            return residual_weights(
+                p_block.values, q_block.values, p_block.size, distribution_.softmax, q.distribution_.softmax, weights);
+        };
+        BlockBuffer weights;
+        double total = 0.0;
+        for (size_t i = 0; i < masses.size(); ++i) {
+            masses[i] = residual(static_cast<int64_t>(i) * kBlockSize, weights.values);
+            total += masses[i];
+        }
+        return total > 0 ? sample_inverse_cdf(masses, total, uniform, row_.size, residual) : sample(uniform);
+    }
+
+  private:
+    Row row_;
+    Distribution distribution_;
+    std::vector<double> masses_;
+};
 
 Verified verify_greedy(const Chain& chain) {
     for (int64_t i = 0;; ++i) {
@@ -66,39 +85,40 @@ Verified verify_greedy(const Chain& chain) {
 }
 
 // Reads the two rows of a position only when the positions before it were accepted.
+template <class RowDistribution>
 Verified verify_sampling(const Chain& chain) {
-    thread_local std::vector<double> p_masses;
-    thread_local std::vector<double> q_masses;
+    thread_local RowDistribution p;
+    thread_local RowDistribution q;
     const float scale = scale_of(chain.temperature);
     for (int64_t i = 0;; ++i) {
-        const Row target = chain.target.row(chain.row, i);
-        const Distribution p = distribution(target, scale, p_masses);
-        if (!p.is_valid) {
+        if (!p.read(chain.target.row(chain.row, i), scale, chain.filters)) {
             return {i, -1, Problem::kTarget};
         }
         if (i == chain.proposed) {
-            return {i, sample(target, p.softmax, p_masses, p.total, chain.next_uniform), Problem::kNone};
+            return {i, p.sample(chain.next_uniform), Problem::kNone};
         }
-        const Row draft = chain.draft.row(chain.row, i);
-        const Distribution q = distribution(draft, scale, q_masses);
-        if (!q.is_valid) {
+        if (!q.read(chain.draft.row(chain.row, i), scale, chain.filters)) {
             return {i, -1, Problem::kDraft};
         }
         const int64_t token = chain.draft_tokens[i];
         // A product, so that q = 0 is harmless; strict, so that p = 0 is rejected at a uniform of 0.
-        if (!(chain.uniform[i] * probability_at(draft, q.softmax, token) < probability_at(target, p.softmax, token))) {
-            return {
-                i,
-                sample_residual(target, p.softmax, p_masses, p.total, draft, q.softmax, chain.next_uniform),
-                Problem::kNone,
-            };
+        if (!(chain.uniform[i] * q.probability(token) < p.probability(token))) {
+            return {i, p.sample_residual(q, chain.next_uniform), Problem::kNone};
         }
     }
 }
 
+Verified verify(const Chain& chain) {
+    if (chain.temperature == 0) {
+        return verify_greedy(chain);
+    }
+    return chain.filters.is_on() ? verify_sampling<FilteredDistribution>(chain)
+                                 : verify_sampling<WholeDistribution>(chain);
+}
+
 void check_verify_chain(
     const char* op, const Tensor& target_logits, const Tensor& draft_logits, const Tensor& draft_tokens,
-    const Tensor& num_draft, const Tensor& temperature, const Tensor& uniform) {
+    const Tensor& num_draft, const Tensor& temperature, const Tensor& uniform, const FilterTensors& filters) {
     check_shape(op, "target_logits", target_logits, {kAnySize, kAnySize, kAnySize});
     const int64_t batch = target_logits.size(0);
     const int64_t width = target_logits.size(1);
@@ -116,6 +136,7 @@ void check_verify_chain(
     check_float32(op, "temperature", temperature);
     check_shape(op, "uniform", uniform, {batch, width});
     check_float32(op, "uniform", uniform);
+    filters.check(op, batch);
 }
 
 // The draft of a row ends at num_draft or at the first negative id.
@@ -147,9 +168,11 @@ void check_draft_values(
 
 std::tuple<Tensor, Tensor> verify_chain(
     const Tensor& target_logits, const Tensor& draft_logits, const Tensor& draft_tokens, const Tensor& num_draft,
-    const Tensor& temperature, const Tensor& uniform) {
+    const Tensor& temperature, const Tensor& uniform, const std::optional<Tensor>& top_k,
+    const std::optional<Tensor>& top_p, const std::optional<Tensor>& min_p) {
     const char* op = "verify_chain";
-    check_verify_chain(op, target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform);
+    const FilterTensors filters{top_k, top_p, min_p};
+    check_verify_chain(op, target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform, filters);
     const int64_t batch = target_logits.size(0);
     const int64_t width = target_logits.size(1);
     const int64_t max_draft = width - 1;
@@ -164,6 +187,7 @@ std::tuple<Tensor, Tensor> verify_chain(
     const Logits target = as_logits(target_logits);
     const Logits draft = as_logits(draft_logits);
     check_sampling_values(op, temperature_data, uniform_data, batch, width);
+    const std::vector<Filters> row_filters = filters_of_rows(op, filters, batch);
     check_draft_values(op, ids, counts, batch, max_draft, target.vocabulary);
 
     Tensor tokens = empty_int64<2>({batch, width});
@@ -181,10 +205,11 @@ std::tuple<Tensor, Tensor> verify_chain(
             row_ids,
             count_proposed(row_ids, counts[row]),
             temperature_data[row],
+            filters_of(row_filters, row),
             row_uniform,
             row_uniform[counts[row]],
         };
-        const Verified verified = chain.temperature == 0 ? verify_greedy(chain) : verify_sampling(chain);
+        const Verified verified = verify(chain);
         problems[row] = verified.problem;
         accepted_data[row] = verified.accepted;
         int64_t* row_tokens = tokens_data + row * width;

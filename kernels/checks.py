@@ -46,13 +46,24 @@ def _logits(op, name, logits):
     _unit_stride(op, name, logits)
 
 
-def draft_sample(logits, temperature, uniform, op="draft_sample"):
+def _filters(op, logits, top_k, top_p, min_p):
+    float32 = torch.float32, "float32"
+    for name, tensor, dtype in (("top_k", top_k, (torch.int64, "int64")), ("top_p", top_p, float32),
+                                ("min_p", min_p, float32)):
+        if tensor is not None:
+            _shape(op, name, tensor, logits.shape[0])
+            _dtype(op, name, tensor, *dtype)
+            _device(op, logits, tensor)
+
+
+def draft_sample(logits, temperature, uniform, top_k=None, top_p=None, min_p=None, op="draft_sample"):
     _shape(op, "logits", logits, None, None)
     _logits(op, "logits", logits)
     _shape(op, "temperature", temperature, logits.shape[0])
     _dtype(op, "temperature", temperature, torch.float32, "float32")
     _shape(op, "uniform", uniform, logits.shape[0])
     _dtype(op, "uniform", uniform, torch.float32, "float32")
+    _filters(op, logits, top_k, top_p, min_p)
     _device(op, logits, temperature, uniform)
 
 
@@ -74,9 +85,10 @@ def plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate=0.0, op="plan_gamm
     _device(op, signals, w1, b1, w2, b2, gammas, seconds)
 
 
-def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate=0.0):
+def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate=0.0,
+               top_k=None, top_p=None, min_p=None):
     op = "draft_step"
-    draft_sample(logits, temperature, uniform, op)
+    draft_sample(logits, temperature, uniform, top_k, top_p, min_p, op)
     plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate, op)
     _shape(op, "signals", signals, logits.shape[0], None)
     _shape(op, "drafted", drafted, logits.shape[0])
@@ -84,7 +96,8 @@ def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, g
     _device(op, logits, signals, drafted)
 
 
-def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform):
+def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform,
+                 top_k=None, top_p=None, min_p=None):
     op = "verify_chain"
     _shape(op, "target_logits", target_logits, None, None, None)
     batch, width, vocabulary = target_logits.shape
@@ -100,6 +113,7 @@ def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperatu
     _dtype(op, "temperature", temperature, torch.float32, "float32")
     _shape(op, "uniform", uniform, batch, width)
     _dtype(op, "uniform", uniform, torch.float32, "float32")
+    _filters(op, target_logits, top_k, top_p, min_p)
     _device(op, target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform)
 
 
@@ -152,6 +166,14 @@ def sampling_values(op, temperature, uniform):
     bad = ~((uniform >= 0) & (uniform < 1))
     if bad.any():
         raise RuntimeError(f"{op}: row {_first(bad)[0]}: uniform must be in [0, 1)")
+
+
+def filter_values(op, top_k, top_p, min_p):
+    if top_k is not None and (top_k < 0).any():
+        raise RuntimeError(f"{op}: row {_first(top_k < 0)[0]}: top_k must be >= 0")
+    for name, share in (("top_p", top_p), ("min_p", min_p)):
+        if share is not None and (bad := ~((share >= 0) & (share <= 1))).any():
+            raise RuntimeError(f"{op}: row {_first(bad)[0]}: {name} must be in [0, 1]")
 
 
 def seconds_values(op, seconds):

@@ -15,14 +15,19 @@ from speckv.kernels.sampling import (
     all_true,
     choose_block,
     choose_in_block,
+    filter_arguments,
     first_highest,
     inverse_temperature,
     is_finite,
     launch_options,
+    load_filters,
     load_logits,
+    lowest_kept,
     normalize,
     probability,
+    scan_row,
     usable,
+    usable_filters,
 )
 
 NATS_TO_BITS = tl.constexpr(1.4426950408889634)  # 1 / ln 2
@@ -66,18 +71,22 @@ def uncertainty(maxima, sums, moments):
 
 
 @triton.jit
-def draw_token(row_ptr, maxima, sums, inverse_t, uniform, vocabulary, BLOCK_V: tl.constexpr):
+def draw_token(row_ptr, maxima, sums, inverse_t, least, uniform, vocabulary, BLOCK_V: tl.constexpr):
     """The token at `uniform` in the inverse CDF, and its probability; reads one block."""
     highest, scale, shares = normalize(maxima, sums, inverse_t)
     block, threshold = choose_block(shares, uniform)
-    probabilities = probability(load_logits(row_ptr, block, vocabulary, BLOCK_V), highest, scale, inverse_t)
+    logits = load_logits(row_ptr, block, vocabulary, BLOCK_V, least)
+    probabilities = probability(logits, highest, scale, inverse_t)
     chosen = choose_in_block(probabilities, threshold, BLOCK_V)
     prob = tl.sum(tl.where(tl.arange(0, BLOCK_V) == chosen, probabilities, 0.0), axis=0)
     return block * BLOCK_V + chosen, prob
 
 
 @triton.jit
-def sample_row(row_ptr, temperature, uniform, vocabulary, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+def sample_row(
+    row_ptr, temperature, uniform, top_k, top_p, min_p, vocabulary,
+    BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr, IS_FILTERED: tl.constexpr,
+):  # fmt: skip
     """draft_sample of one row: token, prob, entropy, confidence."""
     inverse_t = inverse_temperature(temperature)
     maxima, sums_at_temperature, sums, moments = measure_row(row_ptr, vocabulary, inverse_t, BLOCK_V, NUM_BLOCKS)
@@ -86,13 +95,24 @@ def sample_row(row_ptr, temperature, uniform, vocabulary, BLOCK_V: tl.constexpr,
     prob = float("nan")
     entropy = float("nan")
     confidence = float("nan")
-    if is_finite(tl.max(maxima, axis=0)) & usable(temperature) & (uniform >= 0) & (uniform < 1):
+    valid = usable(temperature) & usable_filters(top_k, top_p, min_p) & (uniform >= 0) & (uniform < 1)
+    if is_finite(tl.max(maxima, axis=0)) & valid:
         entropy, confidence = uncertainty(maxima, sums, moments)
         if temperature == 0:
             token = first_highest(row_ptr, maxima, vocabulary, BLOCK_V)
             prob = 1.0
         else:
-            token, prob = draw_token(row_ptr, maxima, sums_at_temperature, inverse_t, uniform, vocabulary, BLOCK_V)
+            least = None
+            if IS_FILTERED:
+                least = lowest_kept(
+                    row_ptr, tl.max(maxima, axis=0), inverse_t, top_k, top_p, min_p, vocabulary, BLOCK_V
+                )
+                maxima, sums_at_temperature = scan_row(
+                    row_ptr, vocabulary, inverse_t, BLOCK_V, NUM_BLOCKS, least
+                )
+            token, prob = draw_token(
+                row_ptr, maxima, sums_at_temperature, inverse_t, least, uniform, vocabulary, BLOCK_V
+            )
     return token, prob, entropy, confidence
 
 
@@ -173,15 +193,21 @@ def draft_sample_kernel(
     temperature_stride_row,
     uniform_stride_row,
     vocabulary,
+    top_k_ptr,  # [B], or None
+    top_p_ptr,  # [B], or None
+    min_p_ptr,  # [B], or None
     BLOCK_V: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
+    IS_FILTERED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperature_ptr + row * temperature_stride_row)
     uniform = tl.load(uniform_ptr + row * uniform_stride_row)
+    top_k, top_p, min_p = load_filters(row, top_k_ptr, top_p_ptr, min_p_ptr)
     token, prob, entropy, confidence = sample_row(
-        logits_ptr + row * logits_stride_row, temperature, uniform, vocabulary, BLOCK_V, NUM_BLOCKS
-    )
+        logits_ptr + row * logits_stride_row, temperature, uniform, top_k, top_p, min_p, vocabulary,
+        BLOCK_V, NUM_BLOCKS, IS_FILTERED,
+    )  # fmt: skip
     tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(prob_ptr + row, prob)
     tl.store(entropy_ptr + row, entropy)
@@ -253,8 +279,12 @@ def draft_step_kernel(
     num_signals,
     num_hidden,
     num_candidates,
+    top_k_ptr,  # [B], or None
+    top_p_ptr,  # [B], or None
+    min_p_ptr,  # [B], or None
     BLOCK_V: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
+    IS_FILTERED: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -262,9 +292,11 @@ def draft_step_kernel(
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperature_ptr + row * temperature_stride_row)
     uniform = tl.load(uniform_ptr + row * uniform_stride_row)
+    top_k, top_p, min_p = load_filters(row, top_k_ptr, top_p_ptr, min_p_ptr)
     token, prob, entropy, confidence = sample_row(
-        logits_ptr + row * logits_stride_row, temperature, uniform, vocabulary, BLOCK_V, NUM_BLOCKS
-    )
+        logits_ptr + row * logits_stride_row, temperature, uniform, top_k, top_p, min_p, vocabulary,
+        BLOCK_V, NUM_BLOCKS, IS_FILTERED,
+    )  # fmt: skip
     tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(prob_ptr + row, prob)
     tl.store(entropy_ptr + row, entropy)
@@ -309,15 +341,15 @@ def new_tokens(logits):
     return (logits.new_empty(rows, dtype=torch.int64), *(logits.new_empty(rows, dtype=torch.float32) for _ in range(3)))
 
 
-def draft_sample(logits, temperature, uniform):
-    checks.draft_sample(logits, temperature, uniform)
+def draft_sample(logits, temperature, uniform, top_k=None, top_p=None, min_p=None):
+    checks.draft_sample(logits, temperature, uniform, top_k, top_p, min_p)
     rows, vocabulary = logits.shape
     outputs = new_tokens(logits)
     with torch.cuda.device_of(logits):
         draft_sample_kernel[(rows,)](
             logits, temperature, uniform, *outputs,
             logits.stride(0), temperature.stride(0), uniform.stride(0),
-            vocabulary, **launch_options(vocabulary),
+            vocabulary, **filter_arguments(top_k, top_p, min_p), **launch_options(vocabulary),
         )  # fmt: skip
     return outputs
 
@@ -336,8 +368,10 @@ def plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate=0.0):
     return gamma, acceptance
 
 
-def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate=0.0):
-    checks.draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate)
+def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate=0.0,
+               top_k=None, top_p=None, min_p=None):
+    checks.draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate,
+                      top_k, top_p, min_p)
     rows, vocabulary = logits.shape
     token, prob, entropy, confidence = new_tokens(logits)
     updated_signals = signals.new_empty(signals.shape)
@@ -348,6 +382,7 @@ def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, g
             float(rate), token, prob, entropy, confidence, updated_signals, gamma,
             logits.stride(0), temperature.stride(0), uniform.stride(0),
             signals.stride(0), signals.stride(1), drafted.stride(0),
-            vocabulary, **controller_sizes(signals, w1, gammas), **launch_options(vocabulary),
+            vocabulary, **controller_sizes(signals, w1, gammas), **filter_arguments(top_k, top_p, min_p),
+            **launch_options(vocabulary),
         )  # fmt: skip
     return token, prob, entropy, confidence, updated_signals, gamma

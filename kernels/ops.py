@@ -14,18 +14,19 @@ import torch
 
 from speckv.kernels import checks, reference
 
+_FILTERS = "Tensor? top_k=None, Tensor? top_p=None, Tensor? min_p=None"
 SCHEMAS = {
-    "draft_sample": "(Tensor logits, Tensor temperature, Tensor uniform)"
+    "draft_sample": f"(Tensor logits, Tensor temperature, Tensor uniform, {_FILTERS})"
                     " -> (Tensor token, Tensor prob, Tensor entropy, Tensor confidence)",
     "plan_gamma": "(Tensor signals, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor gammas, Tensor seconds,"
                   " float rate=0.0)"
                   " -> (Tensor gamma, Tensor acceptance)",
     "draft_step": "(Tensor logits, Tensor temperature, Tensor uniform, Tensor signals, Tensor drafted,"
                   " Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor gammas, Tensor seconds,"
-                  " float rate=0.0)"
+                  f" float rate=0.0, {_FILTERS})"
                   " -> (Tensor token, Tensor prob, Tensor entropy, Tensor confidence, Tensor signals, Tensor gamma)",
     "verify_chain": "(Tensor target_logits, Tensor draft_logits, Tensor draft_tokens, Tensor num_draft,"
-                    " Tensor temperature, Tensor uniform) -> (Tensor tokens, Tensor accepted)",
+                    f" Tensor temperature, Tensor uniform, {_FILTERS}) -> (Tensor tokens, Tensor accepted)",
     "linear_int8": "(Tensor x, Tensor weight, Tensor scale) -> Tensor",
     "decode_attention": "(Tensor query, Tensor key, Tensor value, float scale) -> Tensor",
 }
@@ -42,8 +43,8 @@ def _token_shapes(logits):
     return (logits.new_empty(rows, dtype=torch.int64), *(logits.new_empty(rows, dtype=torch.float32) for _ in range(3)))
 
 
-def _draft_sample_shapes(logits, temperature, uniform):
-    checks.draft_sample(logits, temperature, uniform)
+def _draft_sample_shapes(logits, temperature, uniform, top_k=None, top_p=None, min_p=None):
+    checks.draft_sample(logits, temperature, uniform, top_k, top_p, min_p)
     return _token_shapes(logits)
 
 
@@ -52,13 +53,17 @@ def _plan_gamma_shapes(signals, w1, b1, w2, b2, gammas, seconds, rate=0.0):
     return gammas.new_empty(signals.shape[0]), signals.new_empty(signals.shape[0], gammas.shape[0])
 
 
-def _draft_step_shapes(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate=0.0):
-    checks.draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate)
+def _draft_step_shapes(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate=0.0,
+                       top_k=None, top_p=None, min_p=None):
+    checks.draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate,
+                      top_k, top_p, min_p)
     return (*_token_shapes(logits), signals.new_empty(signals.shape), gammas.new_empty(signals.shape[0]))
 
 
-def _verify_chain_shapes(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform):
-    checks.verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform)
+def _verify_chain_shapes(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform,
+                         top_k=None, top_p=None, min_p=None):
+    checks.verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform,
+                        top_k, top_p, min_p)
     batch, width, _ = target_logits.shape
     return draft_tokens.new_empty(batch, width), draft_tokens.new_empty(batch)
 
@@ -178,22 +183,24 @@ def serving():
 _register()
 
 
-def draft_sample(logits, temperature, uniform):
-    return torch.ops.speckv.draft_sample(logits, temperature, uniform)
+def draft_sample(logits, temperature, uniform, top_k=None, top_p=None, min_p=None):
+    return torch.ops.speckv.draft_sample(logits, temperature, uniform, top_k, top_p, min_p)
 
 
 def plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate=0.0):
     return torch.ops.speckv.plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate)
 
 
-def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate=0.0):
+def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate=0.0,
+               top_k=None, top_p=None, min_p=None):
     return torch.ops.speckv.draft_step(
-        logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate)
+        logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate, top_k, top_p, min_p)
 
 
-def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform):
+def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform,
+                 top_k=None, top_p=None, min_p=None):
     return torch.ops.speckv.verify_chain(
-        target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform)
+        target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform, top_k, top_p, min_p)
 
 
 def linear_int8(x, weight, scale):

@@ -46,27 +46,73 @@ def sample_inverse_cdf(weights, uniform):
     return torch.minimum(index, last)
 
 
-def draft_sample(logits, temperature, uniform):
+def filter_logits(logits, temperature, top_k=None, top_p=None, min_p=None):
+    """The logits [B, ..., V] in fp32 with -inf for the tokens that the filters of their row remove.
+
+    temperature [B] f32, and each optional: top_k [B] i64 >= 0 keeps the k highest logits (0: all); top_p [B] f32 in
+    [0, 1] the fewest of those, from the highest on, that hold this share of their probability (1: all); min_p [B] f32
+    in [0, 1] what has at least this share of the highest probability (0: all). Probabilities are those of
+    softmax(logits / temperature), and the highest logit always stays. Rows of temperature 0 are greedy and left as
+    they are.
+
+    Each filter keeps the logits from some threshold on, so ties stay or go together, whatever their order. That is
+    what transformers' TopK-, TopP- and MinPLogitsWarper do in this order, but for top_p where its edge falls between
+    tokens of equal logit: transformers then keeps some of them, which ones is up to its sort, and here all stay.
+
+    Sources: top-k, Fan et al., arXiv 1805.04833; top-p, Holtzman et al., arXiv 1904.09751; min-p, Nguyen et al.,
+    arXiv 2407.01082.
+    """
+    logits = logits.float()
+    if top_k is None and top_p is None and min_p is None:
+        return logits
+    vocabulary = logits.shape[-1]
+
+    def by_row(setting):
+        return setting.reshape(-1, *[1] * (logits.dim() - 1)).expand(*logits.shape[:-1], 1)
+    temperature = by_row(temperature)
+    ordered = logits.sort(dim=-1, descending=True).values
+    scaled = (ordered - ordered[..., :1]) / temperature.where(temperature > 0, 1.0)
+    weights = torch.exp(scaled)
+    least = ordered[..., -1:]  # the threshold
+    if top_k is not None:
+        count = by_row(top_k.where(top_k > 0, vocabulary).clamp(max=vocabulary))
+        least = ordered.gather(-1, count - 1)
+        weights = weights.where(ordered >= least, 0)
+    if top_p is not None:
+        mass = weights.double().cumsum(dim=-1)
+        reached = torch.searchsorted(mass, by_row(top_p) * mass[..., -1:]).clamp(max=vocabulary - 1)
+        least = torch.where(by_row(top_p) < 1, torch.maximum(least, ordered.gather(-1, reached)), least)
+    if min_p is not None:
+        count = (scaled >= by_row(min_p).log()).sum(dim=-1, keepdim=True).clamp(min=1)
+        least = torch.maximum(least, ordered.gather(-1, count - 1))
+    return logits.masked_fill((logits < least) & (temperature > 0), float("-inf"))
+
+
+def draft_sample(logits, temperature, uniform, top_k=None, top_p=None, min_p=None):
     """Draw one draft token a row and measure how uncertain the drafter was.
 
-    logits [B, V]; temperature [B] f32; uniform [B] f32 in [0, 1).
-    Returns token [B] i64; prob [B] f32, the probability of token under softmax(logits / temperature), 1 when greedy;
-    entropy [B] f32 in bits and confidence [B] f32 (the largest probability), both of softmax(logits), as in SpecKV
-    (arXiv 2605.02888, section 3). Raises RuntimeError for NaN, +inf or all -inf logits, and for values out of range.
+    logits [B, V]; temperature [B] f32; uniform [B] f32 in [0, 1); top_k [B] i64, top_p [B] f32 and min_p [B] f32 as for
+    filter_logits, None where no row has that filter.
+    Returns token [B] i64; prob [B] f32, the probability of token under softmax(logits / temperature) of what the
+    filters keep, 1 when greedy; entropy [B] f32 in bits and confidence [B] f32 (the largest probability), both of
+    softmax(logits), as in SpecKV (arXiv 2605.02888, section 3), whatever temperature and filters are. Raises
+    RuntimeError for NaN, +inf or all -inf logits, and for values out of range.
     """
-    checks.draft_sample(logits, temperature, uniform)
-    return _draft_sample("draft_sample", logits, temperature, uniform)
+    checks.draft_sample(logits, temperature, uniform, top_k, top_p, min_p)
+    return _draft_sample("draft_sample", logits, temperature, uniform, top_k, top_p, min_p)
 
 
-def _draft_sample(op, logits, temperature, uniform):
+def _draft_sample(op, logits, temperature, uniform, top_k, top_p, min_p):
     checks.sampling_values(op, temperature, uniform)
+    checks.filter_values(op, top_k, top_p, min_p)
     checks.logit_values(op, logits)
 
     drafter = softmax_with_temperature(logits, torch.ones_like(temperature).unsqueeze(-1))
     entropy = -torch.special.xlogy(drafter, drafter).sum(dim=-1) / math.log(2)
     confidence = drafter.amax(dim=-1)
 
-    q = softmax_with_temperature(logits, temperature.unsqueeze(-1))
+    kept = filter_logits(logits, temperature, top_k, top_p, min_p)
+    q = softmax_with_temperature(kept, temperature.unsqueeze(-1))
     greedy = temperature == 0
     token = torch.where(greedy, logits.float().argmax(dim=-1), sample_inverse_cdf(q, uniform))
     prob = torch.where(greedy, 1.0, q.gather(-1, token.unsqueeze(-1)).squeeze(-1))
@@ -118,33 +164,41 @@ def update_signals(signals, drafted, entropy, confidence):
     return updated
 
 
-def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate=0.0):
+def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate=0.0,
+               top_k=None, top_p=None, min_p=None):
     """The draft side of a step: draft_sample, the signals brought up to date, plan_gamma; inputs as for those.
 
     drafted [B] i64 >= 0 counts the draft tokens already in signals [B, F] f32; at 0 the old values are not read.
     Returns token, prob, entropy, confidence, signals, gamma. The decoding loop drafts on while gamma > drafted + 1.
     """
-    checks.draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate)
+    checks.draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate,
+                      top_k, top_p, min_p)
     checks.drafted_values("draft_step", drafted)
-    token, prob, entropy, confidence = _draft_sample("draft_step", logits, temperature, uniform)
+    token, prob, entropy, confidence = _draft_sample("draft_step", logits, temperature, uniform, top_k, top_p, min_p)
     signals = update_signals(signals, drafted, entropy, confidence)
     gamma, _ = _plan_gamma("draft_step", signals, w1, b1, w2, b2, gammas, seconds, rate)
     return token, prob, entropy, confidence, signals, gamma
 
 
-def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform):
+def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform,
+                 top_k=None, top_p=None, min_p=None):
     """Keep the longest prefix of the draft that speculative sampling accepts, and add one token of the target's own.
 
     target_logits [B, K+1, V]: row i is the target's prediction of position i; draft_logits [B, K, V];
     draft_tokens [B, K] i64 (a negative id is padding and ends the row's draft); num_draft [B] i64 in [0, K];
     temperature [B] f32; uniform [B, K+1] f32 in [0, 1): column i decides on draft token i, and column num_draft[b]
-    draws the token after the accepted ones. Returns tokens [B, K+1] i64 (accepted tokens, then the recovered or
-    bonus token, then -1) and accepted [B] i64. Raises RuntimeError for bad logits in a row that decides something.
+    draws the token after the accepted ones. top_k, top_p and min_p [B], as for filter_logits, hold for all positions
+    of a row, of the target and of the draft: p is the target's distribution after them, and q, where they are the
+    settings that the draft tokens were drawn with, what those were drawn from. Returns tokens [B, K+1] i64 (accepted
+    tokens, then the recovered or bonus token, then -1) and accepted [B] i64. Raises RuntimeError for bad logits in a
+    row that decides something.
 
     Source: Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318, theorem 1.
     """
-    checks.verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform)
+    checks.verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform,
+                        top_k, top_p, min_p)
     checks.sampling_values("verify_chain", temperature, uniform)
+    checks.filter_values("verify_chain", top_k, top_p, min_p)
     batch, width, vocabulary = target_logits.shape
     max_draft = width - 1
     rows = torch.arange(batch, device=target_logits.device)
@@ -154,8 +208,9 @@ def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperatu
     checks.draft_values(draft_tokens, num_draft, proposed, vocabulary)
 
     greedy = temperature == 0
-    p = softmax_with_temperature(target_logits, temperature.reshape(-1, 1, 1))
-    q = softmax_with_temperature(draft_logits, temperature.reshape(-1, 1, 1))
+    filters = top_k, top_p, min_p
+    p = softmax_with_temperature(filter_logits(target_logits, temperature, *filters), temperature.reshape(-1, 1, 1))
+    q = softmax_with_temperature(filter_logits(draft_logits, temperature, *filters), temperature.reshape(-1, 1, 1))
     best = target_logits.float().argmax(dim=-1)
 
     # Accept token i with probability min(1, p/q). Multiplying keeps q = 0 harmless, and the strict comparison keeps

@@ -14,44 +14,37 @@ from speckv.kernels.sampling import (
     all_true,
     choose_block,
     choose_in_block,
+    filter_arguments,
     first_highest,
     inverse_temperature,
     is_finite,
+    keep_from,
     launch_options,
+    load_filters,
     load_logits,
+    lowest_kept,
     normalize,
     probability,
+    scan_row,
     usable,
+    usable_filters,
 )
 
 
 @triton.jit
-def scan_row(row_ptr, vocabulary, inverse_t, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr):
-    """One pass over a row: each block's maximum, and its sum of exp((logit - maximum) * inverse_t)."""
-    index = tl.arange(0, NUM_BLOCKS)
-    maxima = tl.full([NUM_BLOCKS], float("-inf"), tl.float32)
-    sums = tl.zeros([NUM_BLOCKS], tl.float32)
-    for block in range(tl.cdiv(vocabulary, BLOCK_V)):
-        logits = load_logits(row_ptr, block, vocabulary, BLOCK_V)
-        maximum = tl.max(logits, axis=0)
-        shifted = logits - tl.where(tl.abs(maximum) < float("inf"), maximum, 0.0)  # all -inf: weights 0, not NaN
-        maxima = tl.where(index == block, maximum, maxima)
-        sums = tl.where(index == block, tl.sum(tl.exp(shifted * inverse_t), axis=0), sums)
-    return maxima, sums
-
-
-@triton.jit
-def probability_of(token, row_ptr, highest, scale, inverse_t):
-    return probability(tl.load(row_ptr + token).to(tl.float32), highest, scale, inverse_t)
+def probability_of(token, row_ptr, highest, scale, inverse_t, least):
+    logit = keep_from(tl.load(row_ptr + token).to(tl.float32), least)
+    return probability(logit, highest, scale, inverse_t)
 
 
 @triton.jit
 def residual_block(
-    p_row_ptr, p_highest, p_scale, q_row_ptr, q_highest, q_scale, inverse_t, block, vocabulary, BLOCK_V: tl.constexpr
-):
+    p_row_ptr, p_highest, p_scale, p_least, q_row_ptr, q_highest, q_scale, q_least, inverse_t, block,
+    vocabulary, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     """max(0, p - q) in one block: what the target has and the draft has not; q is not read where q_scale is 0."""
-    p_logits = load_logits(p_row_ptr, block, vocabulary, BLOCK_V)
-    q_logits = load_logits(q_row_ptr, block, tl.where(q_scale > 0, vocabulary, 0), BLOCK_V)
+    p_logits = load_logits(p_row_ptr, block, vocabulary, BLOCK_V, p_least)
+    q_logits = load_logits(q_row_ptr, block, tl.where(q_scale > 0, vocabulary, 0), BLOCK_V, q_least)
     p = probability(p_logits, p_highest, p_scale, inverse_t)
     q = probability(q_logits, q_highest, q_scale, inverse_t)
     return tl.maximum(p - q, 0.0)
@@ -59,7 +52,7 @@ def residual_block(
 
 @triton.jit
 def residual_shares(
-    p_row_ptr, p_highest, p_scale, q_row_ptr, q_highest, q_scale, inverse_t, vocabulary,
+    p_row_ptr, p_highest, p_scale, p_least, q_row_ptr, q_highest, q_scale, q_least, inverse_t, vocabulary,
     BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One pass over both rows: the sum of max(0, p - q) in each block, [NUM_BLOCKS] f64."""
@@ -67,16 +60,17 @@ def residual_shares(
     shares = tl.zeros([NUM_BLOCKS], tl.float32)
     for block in range(tl.cdiv(vocabulary, BLOCK_V)):
         residual = residual_block(
-            p_row_ptr, p_highest, p_scale, q_row_ptr, q_highest, q_scale, inverse_t, block, vocabulary, BLOCK_V
-        )
+            p_row_ptr, p_highest, p_scale, p_least, q_row_ptr, q_highest, q_scale, q_least, inverse_t, block,
+            vocabulary, BLOCK_V,
+        )  # fmt: skip
         shares = tl.where(index == block, tl.sum(residual, axis=0), shares)
     return shares.to(tl.float64)
 
 
 @triton.jit
 def draw_next(
-    p_row_ptr, p_highest, p_scale, p_shares, q_row_ptr, q_highest, q_scale, inverse_t, uniform, vocabulary,
-    BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    p_row_ptr, p_highest, p_scale, p_least, p_shares, q_row_ptr, q_highest, q_scale, q_least, inverse_t,
+    uniform, vocabulary, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """The token after the accepted ones, drawn from max(0, p - q), or from p where that is zero everywhere.
 
@@ -85,15 +79,17 @@ def draw_next(
     shares = p_shares
     if q_scale > 0:
         shares = residual_shares(
-            p_row_ptr, p_highest, p_scale, q_row_ptr, q_highest, q_scale, inverse_t, vocabulary, BLOCK_V, NUM_BLOCKS
-        )
+            p_row_ptr, p_highest, p_scale, p_least, q_row_ptr, q_highest, q_scale, q_least, inverse_t,
+            vocabulary, BLOCK_V, NUM_BLOCKS,
+        )  # fmt: skip
         if tl.sum(shares, axis=0) == 0:
             shares = p_shares
             q_scale = 0.0
     block, threshold = choose_block(shares, uniform)
     residual = residual_block(
-        p_row_ptr, p_highest, p_scale, q_row_ptr, q_highest, q_scale, inverse_t, block, vocabulary, BLOCK_V
-    )
+        p_row_ptr, p_highest, p_scale, p_least, q_row_ptr, q_highest, q_scale, q_least, inverse_t, block,
+        vocabulary, BLOCK_V,
+    )  # fmt: skip
     return block * BLOCK_V + choose_in_block(residual, threshold, BLOCK_V)
 
 
@@ -119,9 +115,13 @@ def verify_chain_kernel(
     uniform_stride_position,
     max_draft,
     vocabulary,
+    top_k_ptr,  # [B], or None
+    top_p_ptr,  # [B], or None
+    min_p_ptr,  # [B], or None
     BLOCK_V: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    IS_FILTERED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     position = tl.arange(0, BLOCK_K)
@@ -138,10 +138,13 @@ def verify_chain_kernel(
         other=0.0,
     )
 
+    top_k, top_p, min_p = load_filters(row, top_k_ptr, top_p_ptr, min_p_ptr)
+
     # A draft ends at num_draft or before its first negative id, whichever comes first.
     proposed = tl.min(tl.where((position >= num_draft) | (draft_tokens < 0), position, max_draft), axis=0)
     valid = (
         usable(temperature)
+        & usable_filters(top_k, top_p, min_p)
         & (num_draft >= 0)
         & (num_draft <= max_draft)
         & all_true((uniform >= 0) & (uniform < 1))
@@ -167,23 +170,36 @@ def verify_chain_kernel(
             next_token = first_highest(p_row_ptr, p_maxima, vocabulary, BLOCK_V)
             keep = judged & (token == next_token)
         elif valid:
+            p_least = None
+            q_least = None
+            if IS_FILTERED:
+                q_least = float("-inf")
+                p_least = lowest_kept(
+                    p_row_ptr, tl.max(p_maxima, axis=0), inverse_t, top_k, top_p, min_p, vocabulary, BLOCK_V
+                )
+                p_maxima, p_sums = scan_row(p_row_ptr, vocabulary, inverse_t, BLOCK_V, NUM_BLOCKS, p_least)
             p_highest, p_scale, p_shares = normalize(p_maxima, p_sums, inverse_t)
             q_highest = 0.0
             q_scale = 0.0
             if judged:
                 q_maxima, q_sums = scan_row(q_row_ptr, vocabulary, inverse_t, BLOCK_V, NUM_BLOCKS)
                 valid = is_finite(tl.max(q_maxima, axis=0))
+                if IS_FILTERED:
+                    q_least = lowest_kept(
+                        q_row_ptr, tl.max(q_maxima, axis=0), inverse_t, top_k, top_p, min_p, vocabulary, BLOCK_V
+                    )
+                    q_maxima, q_sums = scan_row(q_row_ptr, vocabulary, inverse_t, BLOCK_V, NUM_BLOCKS, q_least)
                 q_highest, q_scale, _ = normalize(q_maxima, q_sums, inverse_t)
                 # Accept with probability min(1, p/q). Multiplying keeps q = 0 harmless, and the strict comparison
                 # keeps p = 0 out even when the uniform is 0.
                 u = tl.sum(tl.where(position == accepted, uniform, 0.0), axis=0)
-                p_token = probability_of(token, p_row_ptr, p_highest, p_scale, inverse_t)
-                q_token = probability_of(token, q_row_ptr, q_highest, q_scale, inverse_t)
+                p_token = probability_of(token, p_row_ptr, p_highest, p_scale, inverse_t, p_least)
+                q_token = probability_of(token, q_row_ptr, q_highest, q_scale, inverse_t, q_least)
                 keep = u * q_token < p_token
             if valid & ~keep:
                 next_token = draw_next(
-                    p_row_ptr, p_highest, p_scale, p_shares, q_row_ptr, q_highest, q_scale, inverse_t, next_uniform,
-                    vocabulary, BLOCK_V, NUM_BLOCKS,
+                    p_row_ptr, p_highest, p_scale, p_least, p_shares, q_row_ptr, q_highest, q_scale, q_least,
+                    inverse_t, next_uniform, vocabulary, BLOCK_V, NUM_BLOCKS,
                 )  # fmt: skip
         deciding = valid & keep
         accepted += deciding
@@ -195,8 +211,10 @@ def verify_chain_kernel(
     tl.store(accepted_ptr + row, tl.where(valid, accepted, -1))
 
 
-def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform):
-    checks.verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform)
+def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform,
+                 top_k=None, top_p=None, min_p=None):
+    checks.verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform,
+                        top_k, top_p, min_p)
     rows, width, vocabulary = target_logits.shape
     tokens = draft_tokens.new_empty(rows, width)
     accepted = draft_tokens.new_empty(rows)
@@ -208,6 +226,7 @@ def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperatu
             draft_tokens.stride(0), draft_tokens.stride(1),
             num_draft.stride(0), temperature.stride(0), uniform.stride(0), uniform.stride(1),
             width - 1, vocabulary,
-            **launch_options(vocabulary), BLOCK_K=triton.next_power_of_2(width),
+            **filter_arguments(top_k, top_p, min_p), **launch_options(vocabulary),
+            BLOCK_K=triton.next_power_of_2(width),
         )  # fmt: skip
     return tokens, accepted

@@ -154,7 +154,7 @@ class _AdaptiveSession(PolicySession):
     def will_draft(self):
         return self._experience.pause == 0
 
-    def draft(self, logits, temperature, uniform, drafted, own):
+    def draft(self, logits, temperature, uniform, drafted, own, **filters):
         costs, is_estimate, device = self._experience.costs, own is not None, logits.device
         self._state.write(self._signals, drafted, own)
         pair = self._pairs[min(drafted + 1, LONGEST_COUNTED - 1)]
@@ -164,7 +164,7 @@ class _AdaptiveSession(PolicySession):
         token, _, entropy, confidence, signals, gamma = draft_step(
             logits, temperature, uniform, self._signals.to(device), self._drafted[drafted].to(device),
             *(weight.to(device) for weight in (*self._weights, pair, self._seconds)),
-            self._experience.rate / self._experience.scale)
+            self._experience.rate / self._experience.scale, **filters)
         entropy, confidence, gamma = torch.cat([entropy, confidence, gamma.float()]).tolist()
         if gamma < 0 or math.isnan(entropy):
             raise NumericalError("draft_step: row 0: the logits are not a distribution (NaN, +inf, or all -inf)")

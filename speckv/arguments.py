@@ -27,10 +27,11 @@ class Settings:
     temperature: float
     seed: int | None
     eos_ids: frozenset
+    filters: dict  # those of top_k, top_p and min_p that are on
 
 
 def checked_settings(target, drafter, policy, input_ids, attention_mask, max_new_tokens, temperature, seed,
-                     eos_token_id) -> Settings:
+                     eos_token_id, top_k, top_p, min_p) -> Settings:
     """Settings from the arguments of speckv.generate; raises InputError or ModelError, naming what is wrong."""
     prompt = _prompt(input_ids, attention_mask, vocabulary_size(target))
     max_new_tokens = _integer("max_new_tokens", max_new_tokens)
@@ -42,7 +43,8 @@ def checked_settings(target, drafter, policy, input_ids, attention_mask, max_new
             raise InputError(f"seed is {seed}: it must fit in 64 bits")
     _check_pair(target, drafter, checked_gamma(policy, drafter), prompt.shape[1], max_new_tokens)
     _warn_of_ignored_settings(target)
-    return Settings(prompt, max_new_tokens, _temperature(temperature), seed, _eos_ids(target, eos_token_id))
+    return Settings(prompt, max_new_tokens, _temperature(temperature), seed, _eos_ids(target, eos_token_id),
+                    _filters(top_k, top_p, min_p))
 
 
 def checked_gamma(policy, drafter) -> int:
@@ -72,6 +74,17 @@ def _temperature(temperature) -> float:
     if not usable or not (temperature == 0 or 1e-37 <= temperature <= torch.finfo(torch.float32).max):
         raise InputError(f"temperature is {temperature}: it must be 0 (greedy) or a positive number")
     return float(temperature)
+
+
+def _filters(top_k, top_p, min_p) -> dict:
+    top_k = _integer("top_k", top_k)
+    if not 0 <= top_k < 2 ** 63:
+        raise InputError(f"top_k is {top_k}: it must be 0 (off) or a positive number of tokens")
+    for name, value, off in (("top_p", top_p, 1), ("min_p", min_p, 0)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+            raise InputError(f"{name} is {value}: it must be a number from 0 to 1, where {off} is off")
+    filters = {"top_k": top_k, "top_p": float(top_p), "min_p": float(min_p)}
+    return {name: value for name, value in filters.items() if value != (1.0 if name == "top_p" else 0)}
 
 
 def _prompt(input_ids, attention_mask, vocabulary):

@@ -46,6 +46,11 @@ def generate(
     compression: Compression = "bf16",
     policy: Annotated[str, typer.Option(help=f"How many tokens to draft: {POLICIES}.")] = "adaptive",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most probable tokens only; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(
+        help="Sample from the fewest tokens that hold this share of the probability; 1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(
+        help="Sample from tokens with at least this share of the highest probability; 0 is off.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes a sampled text repeatable.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
     raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,
@@ -69,7 +74,7 @@ def generate(
     prompt_ids = encode_prompt(tokenizer, sys.stdin.read() if prompt == "-" else prompt, raw).to(model.device)
     printer = None if as_json else TokenPrinter(tokenizer)
     output = decode(model, drafter, prompt_ids, max_new_tokens=max_new_tokens, policy=chosen, temperature=temperature,
-                    seed=seed, on_step=printer, fast=fast)
+                    seed=seed, on_step=printer, top_k=top_k, top_p=top_p, min_p=min_p, fast=fast)
     new_ids = output.sequences[0, output.prompt_length:]
     figures = {"tokens": output.new_tokens, "steps": len(output.steps),
                "tokens_per_second": round(output.tokens_per_second, 2),

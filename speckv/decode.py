@@ -18,14 +18,16 @@ from speckv.signals import read_signals
 
 
 def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128, policy="adaptive", temperature=0.0,
-             seed=None, eos_token_id=None, on_step=None, fast=False) -> SpecOutput:
+             seed=None, eos_token_id=None, on_step=None, top_k=0, top_p=1.0, min_p=0.0, fast=False) -> SpecOutput:
     """Decode with speculation: the target's own output, sooner.
 
     target is a causal language model of transformers, drafter a model that shares its tokenizer or a Drafter (None
     will do where the policy never drafts). policy is one of speckv.policies.POLICIES, or a Policy of your own, which
     may be given to many calls and keep what it learns. input_ids [1, n] i64; attention_mask [1, n] hides padding. At
     temperature 0 the output is that of greedy decoding, else a sample of softmax(logits / temperature); seed makes it
-    repeatable.
+    repeatable. What is sampled from may be filtered: top_k keeps the k most probable tokens (0: all), top_p the fewest
+    that hold this share of the probability (1: all), min_p those with this share of the highest probability (0: all),
+    in this order, as in transformers (see speckv.kernels.reference.filter_logits).
     eos_token_id is an id, a list of ids, or None for what the target's generation_config says, of which nothing else
     is used. on_step(tokens, record) is called after every step with the new token ids. fast has the target read by the
     C++ engine of speckv.engine, several times as fast on a CPU.
@@ -38,7 +40,7 @@ def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128
     drafter = as_drafter(drafter) if drafter is not None else None
     session = open_policy(policy, getattr(target, "speckv_compression", None))
     settings = checked_settings(target, drafter, session, input_ids, attention_mask, max_new_tokens, temperature, seed,
-                                eos_token_id)
+                                eos_token_id, top_k, top_p, min_p)
 
     started = time.perf_counter()
     run = _Run(target, drafter, session, settings, fast)
@@ -76,6 +78,7 @@ class _Run:
         self._own_signals = getattr(self._draft, "signals", None)
         self._wants_hidden = drafter.wants_hidden if drafter is not None else ()
         self._temperature = torch.full((1,), settings.temperature, device=device)
+        self._filters = {name: torch.tensor([value], device=device) for name, value in settings.filters.items()}
         self._random = torch.Generator()
         self._random.manual_seed(settings.seed) if settings.seed is not None else self._random.seed()
 
@@ -115,7 +118,7 @@ class _Run:
         if draft_logits is None:
             draft_logits = target_logits[:, :0]
         tokens, _ = verify_chain(target_logits, draft_logits, draft_tokens, draft_tokens.new_full((1,), gamma),
-                                 self._temperature, uniform[:, :gamma + 1])
+                                 self._temperature, uniform[:, :gamma + 1], **self._filters)
         emitted = [token for token in tokens[0].tolist() if token >= 0]
         if not emitted:
             raise NumericalError("verify_chain: row 0: the logits are not a distribution (NaN, +inf, or all -inf)")
@@ -137,7 +140,7 @@ class _Run:
             if row is None:
                 break
             own = self._own_signals() if self._own_signals is not None else None
-            token, signal, goes_on = self._policy.draft(row, self._temperature, uniform[:, i], i, own)
+            token, signal, goes_on = self._policy.draft(row, self._temperature, uniform[:, i], i, own, **self._filters)
             # A GPU kernel reports bad logits as token -1, which no model may be fed; verify_chain sees it as padding.
             self.ids[:, self.length + i] = token.clamp(min=0)
             tokens.append(token)

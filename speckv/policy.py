@@ -31,15 +31,16 @@ class PolicySession:
         """Whether the drafter should read the prompt with the target: it will be asked before long."""
         return self.max_draft() > 0
 
-    def draft(self, logits, temperature, uniform, drafted: int, own):
+    def draft(self, logits, temperature, uniform, drafted: int, own, **filters):
         """Draw draft token number `drafted` (from 0) and say whether to draft another.
 
         logits [1, V], temperature [1] f32 and uniform [1] f32 are those of draft_sample; own is (entropy, confidence)
-        where the drafter gives its own. Returns the token [1] i64, its Signal (numbers, or tensors [1] that nobody has
-        waited for yet) and whether to go on. The answer must not depend on the token: dropping, or stopping at, a
-        token for what it is would change the distribution of the text.
+        where the drafter gives its own; filters are those of top_k, top_p and min_p, each [1], that the text is sampled
+        with: the token must be drawn with them, too. Returns the token [1] i64, its Signal (numbers, or tensors [1]
+        that nobody has waited for yet) and whether to go on. The answer must not depend on the token: dropping, or
+        stopping at, a token for what it is would change the distribution of the text.
         """
-        token, signal = sample(logits, temperature, uniform, own)
+        token, signal = sample(logits, temperature, uniform, own, **filters)
         return token, signal, True
 
     def promise(self, gamma: int) -> float | None:
@@ -57,15 +58,15 @@ class StoppingSession(PolicySession):
         """Whether to draft another token after `drafted` of them, the last with this signal."""
         raise NotImplementedError
 
-    def draft(self, logits, temperature, uniform, drafted, own):
-        token, signal = sample(logits, temperature, uniform, own)
+    def draft(self, logits, temperature, uniform, drafted, own, **filters):
+        token, signal = sample(logits, temperature, uniform, own, **filters)
         (signal,) = read_signals([signal])
         return token, signal, self.goes_on(drafted + 1, signal)
 
 
-def sample(logits, temperature, uniform, own):
-    """A draft token [1] and its Signal: of its distribution, or the drafter's own."""
-    token, _, entropy, confidence = draft_sample(logits, temperature, uniform)
+def sample(logits, temperature, uniform, own, **filters):
+    """A draft token [1] and its Signal: of the drafter's distribution without the filters, or the drafter's own."""
+    token, _, entropy, confidence = draft_sample(logits, temperature, uniform, **filters)
     if own is None:
         return token, Signal(entropy, confidence)
     return token, Signal(*own, is_estimate=True)

@@ -20,6 +20,10 @@ DTYPE_IDS = ["fp32", "fp16", "bf16"]
 # order of the sums and the last bits of exp.
 TOLERANCE = {dtype: {"rtol": 1e-5, "atol": 1e-6} for dtype in DTYPES}
 
+# Uniforms are multiples of 2^-GRID_BITS where a test integrates over them, and the integral is exact to about that.
+GRID_BITS = 12 if INTERPRETED else 24
+EXACT = 4 * 2**-GRID_BITS + 1e-6
+
 LARGEST_UNIFORM = 1 - 2**-24  # the largest float32 below 1
 INT_SENTINEL = 2**62  # as an index it is far outside of any allocation
 SPREAD = 5.0  # standard deviation of random logits: as peaked as a language model's, so few uniforms meet a boundary
@@ -139,6 +143,35 @@ def random_attention(batch, heads, groups, tokens, positions, key_size, value_si
     query, key, value = (torch.randn(batch, *shape, generator=source).to(dtype) for shape in (
         (heads, tokens, key_size), (groups, positions, key_size), (groups, positions, value_size)))
     return {"query": query, "key": key, "value": value, "scale": key_size ** -0.5}
+
+
+def share_of_uniforms(holds, rows):
+    """For each row, the share of [0, 1) from 0 up on which holds(uniform [rows]) is False, by bisection."""
+    low, high = torch.zeros(rows, dtype=torch.int64), torch.full((rows,), 2**GRID_BITS)
+    while (low < high).any():
+        middle = (low + high) // 2
+        true = holds((middle.clamp(max=2**GRID_BITS - 1).double() / 2**GRID_BITS).float())
+        low, high = torch.where(true | (low == high), low, middle + 1), torch.where(true & (low < high), middle, high)
+    return low.double() / 2**GRID_BITS
+
+
+def measure_of_tokens(token_at, rows, vocabulary=4):
+    """[rows, vocabulary]: the measure of the uniforms at which token_at(row [n], uniform [n]) gives each token.
+
+    An inverse CDF in vocabulary order is a staircase, so bisection finds every step of it.
+    """
+    row = torch.arange(rows).repeat_interleave(vocabulary - 1)
+    token = torch.arange(vocabulary - 1).repeat(rows)
+    up_to = share_of_uniforms(lambda uniform: token_at(row, uniform) > token, len(row)).reshape(rows, -1)
+    return torch.nn.functional.pad(up_to, (1, 1)).index_fill(1, torch.tensor([vocabulary]), 1.0).diff(dim=1)
+
+
+def random_filters(rows, seed=0, names=("top_k", "top_p", "min_p")):
+    """A setting of these filters for each row: off, ordinary, and at the ends of what is allowed."""
+    source = generator(seed)
+    settings = {"top_k": torch.tensor([0, 1, 5, 50, 3000, 2**62]), "top_p": torch.tensor([1.0, 0.9, 0.5, 0.95, 0.0]),
+                "min_p": torch.tensor([0.0, 0.05, 0.3, 1.0])}
+    return {name: settings[name][torch.randint(len(settings[name]), (rows,), generator=source)] for name in names}
 
 
 def arguments(op, **values):

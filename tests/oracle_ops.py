@@ -25,19 +25,50 @@ def draw64(weights, uniform):
     return token, float((cdf - uniform).abs().min())
 
 
-def draft_sample64(logits, temperature, uniform):
+def filter64(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
+    """The logits with -inf where a filter removes them, and how far the filters are from deciding otherwise."""
+    logits, distance = logits.double(), 1.0
+    if not temperature:
+        return logits, distance
+    if top_k:
+        least = logits.sort(descending=True).values[min(top_k, len(logits)) - 1]
+        logits = logits.where(logits >= least, -math.inf)
+    highest = logits.max()
+    if top_p < 1:
+        values, place = logits.unique(return_inverse=True)
+        mass = torch.zeros(len(values), dtype=torch.float64).index_add(0, place, softmax64(logits, temperature))
+        above = 1 - mass.cumsum(0)  # of all higher values: equal logits share their fate
+        distance = float((above[:-1] - top_p).abs().min()) if len(values) > 1 else 1.0
+        logits = logits.where((above < top_p)[place] | (logits == highest), -math.inf)
+    if min_p:
+        ratio = torch.exp((logits - highest) / temperature)
+        below = ratio[logits < highest]
+        distance = min(distance, float((below - min_p).abs().min())) if len(below) else distance
+        logits = logits.where(ratio >= min_p, -math.inf)
+    return logits, distance
+
+
+def settings_of_row(row, top_k=None, top_p=None, min_p=None):
+    """The filters of one row as numbers."""
+    settings = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    return {name: tensor[row].item() for name, tensor in settings.items() if tensor is not None}
+
+
+def draft_sample64(logits, temperature, uniform, **filters):
     """Token, its distance to the nearest boundary, its probability, entropy and confidence, each [B]."""
     rows = []
-    for row, t, u in zip(logits, temperature.tolist(), uniform.tolist(), strict=True):
-        p, q = softmax64(row, 1.0), softmax64(row, t)
+    for i, (row, t, u) in enumerate(zip(logits, temperature.tolist(), uniform.tolist(), strict=True)):
+        kept, margin = filter64(row, t, **settings_of_row(i, **filters))
+        p, q = softmax64(row, 1.0), softmax64(kept, t)
         token, distance = draw64(q, u) if t else (int(row.double().argmax()), 1.0)
+        distance = min(distance, margin)
         entropy = -torch.special.xlogy(p, p).sum() / math.log(2)
         rows.append((token, distance, float(q[token]) if t else 1.0, float(entropy), float(p.max())))
     token, *numbers = zip(*rows, strict=True)
     return torch.tensor(token), *map(torch.tensor, numbers)
 
 
-def verify_chain64(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform):
+def verify_chain64(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform, **filters):
     """Tokens, accepted, and each row's smallest distance to a boundary among the decisions that it took."""
     batch, width, _ = target_logits.shape
     tokens = torch.full((batch, width), -1)
@@ -46,15 +77,22 @@ def verify_chain64(target_logits, draft_logits, draft_tokens, num_draft, tempera
     for row in range(batch):
         t, u, kept, distance = float(temperature[row]), uniform[row].tolist(), 0, 1.0
         weights = None
+        settings = settings_of_row(row, **filters)
+
+        def distribution64(logits, t=t, settings=settings):
+            kept, margin = filter64(logits, t, **settings)
+            return softmax64(kept, t), margin
         for position in range(int(num_draft[row])):
             token = int(draft_tokens[row, position])
             if token < 0:
                 break
-            p = softmax64(target_logits[row, position], t)
+            p, margin = distribution64(target_logits[row, position])
+            distance = min(distance, margin)
             if t == 0:
                 keep = token == int(target_logits[row, position].double().argmax())
             else:
-                q = softmax64(draft_logits[row, position], t)
+                q, margin = distribution64(draft_logits[row, position])
+                distance = min(distance, margin)
                 keep = u[position] * q[token] < p[token]
                 if q[token] > 0:
                     distance = min(distance, abs(u[position] - float(p[token] / q[token])))
@@ -64,7 +102,8 @@ def verify_chain64(target_logits, draft_logits, draft_tokens, num_draft, tempera
             tokens[row, kept] = token
             kept += 1
         if weights is None or not weights.any():
-            weights = softmax64(target_logits[row, kept], t)
+            weights, margin = distribution64(target_logits[row, kept])
+            distance = min(distance, margin)
         if t == 0:
             tokens[row, kept] = int(target_logits[row, kept].double().argmax())
         else:
@@ -85,7 +124,8 @@ def assert_draft_sample_agrees(values, outputs=None):
     assert [out.dtype for out in outputs] == [torch.int64, *[torch.float32] * 3]
     assert all(out.shape == logits.shape[:1] for out in outputs)
 
-    token64, distance, *numbers64 = draft_sample64(logits, values["temperature"], values["uniform"])
+    filters = {name: values[name] for name in ("top_k", "top_p", "min_p") if name in values}
+    token64, distance, *numbers64 = draft_sample64(logits, values["temperature"], values["uniform"], **filters)
     certain = distance > BOUNDARY
     assert (~certain).float().mean() <= RARELY
     expected = call_reference("draft_sample", values)

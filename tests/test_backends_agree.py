@@ -13,15 +13,16 @@ from speckv import policy as policy_module
 from speckv.kernels import reference
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("temperature, filters", [
+    (0.0, {}), (0.8, {}), (0.8, {"top_k": 20, "top_p": 0.9, "min_p": 0.02})], ids=["greedy", "sampled", "filtered"])
 @pytest.mark.parametrize("policy", ["off", "fixed:1", "fixed:3", "hf-confidence", "adaptive"])
-def test_the_loop_gives_the_same_tokens_as_on_the_reference(policy, temperature, monkeypatch):
+def test_the_loop_gives_the_same_tokens_as_on_the_reference(policy, temperature, filters, monkeypatch):
     target = tiny_model()
     drafter = noisy_copy(target)
 
     def run():
         return speckv.generate(target, drafter, prompt_ids(), max_new_tokens=24, policy=policy,
-                               temperature=temperature, seed=3)
+                               temperature=temperature, seed=3, **filters)
     if policy == "adaptive" and temperature > 0:
         pytest.skip("adaptive: how long it drafts follows the clock, and what is drawn follows that")
     served = run()

@@ -115,3 +115,8 @@ def test_distill_makes_a_drafter_that_generate_uses(kind, tmp_path, monkeypatch,
     status, printed = run_main(monkeypatch, capsys, "generate", *target, "--draft", str(tmp_path / "drafter"),
                                "--prompt", "w1 w2", "--max-new-tokens", "10", "--json")
     assert status == 0 and json.loads(printed.out)["tokens"] <= 10
+    filters = ["--temperature", "0.8", "--top-k", "5", "--top-p", "0.9", "--min-p"]
+    for min_p, expected in (("0.05", 0), ("5", 2)):
+        status, printed = run_main(monkeypatch, capsys, "generate", *target, "--draft", str(tmp_path / "drafter"),
+                                   "--prompt", "w1 w2", "--max-new-tokens", "10", "--json", *filters, min_p)
+        assert status == expected and ("min_p is 5.0" in printed.err) == (status == 2)

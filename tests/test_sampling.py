@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 from test_head import random_tensors
 from tiny_models import tiny_model
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import speckv
 from speckv import decode, head
@@ -26,24 +27,28 @@ def pair():
 
 
 @torch.inference_mode()
-def exact_probabilities(target, prompt=PROMPT):
+def exact_probabilities(target, prompt=PROMPT, top_k=VOCABULARY, top_p=1.0, min_p=0.0):
     """The probability of each of the VOCABULARY ** NEW_TOKENS texts, by running the target on all of them."""
     texts = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=NEW_TOKENS)))
     sequences = torch.cat([prompt.expand(len(texts), -1), texts], dim=1)
     logits = target(sequences).logits[:, prompt.shape[1] - 1:-1].double()
-    log_probabilities = (logits / TEMPERATURE).log_softmax(-1).gather(-1, texts.unsqueeze(-1)).squeeze(-1)
+    scores = (logits / TEMPERATURE).flatten(0, 1)
+    for warper in (TopKLogitsWarper(top_k), TopPLogitsWarper(top_p), MinPLogitsWarper(min_p)):
+        scores = warper(None, scores)
+    log_probabilities = scores.view(logits.shape).log_softmax(-1).gather(-1, texts.unsqueeze(-1)).squeeze(-1)
     return log_probabilities.sum(-1).exp()
 
 
-def p_value(target, drafter, policy, prompt=PROMPT):
+def p_value(target, drafter, policy, prompt=PROMPT, **filters):
     """How well the texts that the loop samples fit the exact distribution."""
     counts = torch.zeros(VOCABULARY ** NEW_TOKENS)
     weights = torch.tensor([VOCABULARY ** i for i in reversed(range(NEW_TOKENS))])
     for seed in range(SAMPLES):
         output = speckv.generate(target, drafter, prompt, max_new_tokens=NEW_TOKENS, policy=policy,
-                                 temperature=TEMPERATURE, seed=seed)
+                                 temperature=TEMPERATURE, seed=seed, **filters)
         counts[(output.sequences[0, -NEW_TOKENS:] * weights).sum()] += 1
-    expected = exact_probabilities(target, prompt) * SAMPLES
+    expected = exact_probabilities(target, prompt, **filters) * SAMPLES
+    assert (counts[expected == 0] == 0).all(), "a text that the filters rule out was written"
     # Texts too rare for a chi-square are counted together.
     order = expected.argsort()
     rare = order[expected[order].cumsum(0) < 10]
@@ -58,6 +63,24 @@ def p_value(target, drafter, policy, prompt=PROMPT):
 @pytest.mark.parametrize("policy", ["off", "fixed:1", "fixed:2"])
 def test_sampled_texts_have_the_exact_distribution_of_the_target(pair, policy):
     assert p_value(*pair, policy) > 1e-3
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.8}, {"top_k": 3, "top_p": 0.9, "min_p": 0.3}], ids=str)
+def test_filtered_texts_have_the_exact_distribution_of_the_filtered_target(pair, filters):
+    assert p_value(*pair, "fixed:2", **filters) > 1e-3
+
+
+def test_lookup_leaves_the_distribution_of_the_filtered_target_as_it_is(pair):
+    filters = {"top_k": 3, "top_p": 0.9}
+    assert p_value(pair[0], LookupDrafter(VOCABULARY, shortest=1), "fixed:2", REPETITIVE_PROMPT, **filters) > 1e-3
+
+
+@pytest.mark.parametrize("policy", ["adaptive", "hf-confidence"])
+def test_every_kind_of_policy_draws_with_the_filters(pair, policy):
+    # With top_k = 1, sampling is greedy: a draft token drawn otherwise would be rejected or, worse, kept.
+    texts = [speckv.generate(*pair, PROMPT, max_new_tokens=30, policy=policy, **settings) for settings in (
+        {}, {"temperature": TEMPERATURE, "top_k": 1, "seed": 0}, {"temperature": TEMPERATURE, "top_p": 0.0, "seed": 1})]
+    assert all(torch.equal(text.sequences, texts[0].sequences) for text in texts)
 
 
 def test_a_head_that_can_draft_only_some_tokens_leaves_the_distribution_as_it_is():

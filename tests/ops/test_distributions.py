@@ -5,7 +5,7 @@ Every check is also run against verifiers with one wrong rule, which it must rej
 
 import pytest
 import torch
-from helpers_ops import INTERPRETED, call, random_uniform
+from helpers_ops import EXACT, GRID_BITS, INTERPRETED, call, measure_of_tokens, random_uniform, share_of_uniforms
 from planted_verifiers import (
     absolute_difference,
     assert_no_zero_probability_token,
@@ -21,9 +21,6 @@ from speckv.kernels import draft_sample
 
 TEMPERATURE = 0.8
 TRIALS = 40_000
-# Uniforms are multiples of 2^-GRID_BITS in the integration, whose result is exact to about that.
-GRID_BITS = 12 if INTERPRETED else 24
-EXACT = 4 * 2**-GRID_BITS + 1e-6
 P_VALUE = 1e-3
 
 
@@ -83,27 +80,6 @@ def assert_emitted_tokens_fit_the_target(verify):
     tokens[short, 1] = following[:, 0]
     joint = p_first.unsqueeze(1) * torch.softmax(TARGET_NEXT / TEMPERATURE, -1)
     assert_counts_fit((tokens[:, 0] * 4 + tokens[:, 1]).bincount(minlength=16), joint.flatten())
-
-
-def share_of_uniforms(holds, rows):
-    """For each row, the share of [0, 1) from 0 up on which holds(uniform [rows]) is False, by bisection."""
-    low, high = torch.zeros(rows, dtype=torch.int64), torch.full((rows,), 2**GRID_BITS)
-    while (low < high).any():
-        middle = (low + high) // 2
-        true = holds((middle.clamp(max=2**GRID_BITS - 1).double() / 2**GRID_BITS).float())
-        low, high = torch.where(true | (low == high), low, middle + 1), torch.where(true & (low < high), middle, high)
-    return low.double() / 2**GRID_BITS
-
-
-def measure_of_tokens(token_at, rows, vocabulary=4):
-    """[rows, vocabulary]: the measure of the uniforms at which token_at(row [n], uniform [n]) gives each token.
-
-    An inverse CDF in vocabulary order is a staircase, so bisection finds every step of it.
-    """
-    row = torch.arange(rows).repeat_interleave(vocabulary - 1)
-    token = torch.arange(vocabulary - 1).repeat(rows)
-    up_to = share_of_uniforms(lambda uniform: token_at(row, uniform) > token, len(row)).reshape(rows, -1)
-    return torch.nn.functional.pad(up_to, (1, 1)).index_fill(1, torch.tensor([vocabulary]), 1.0).diff(dim=1)
 
 
 def assert_emission_integrates_to_the_target(verify):

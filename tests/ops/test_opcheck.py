@@ -7,6 +7,7 @@ from helpers_ops import (
     random_attention,
     random_chain,
     random_controller,
+    random_filters,
     random_linear,
     random_logits,
     random_signals,
@@ -17,11 +18,12 @@ W1, B1, W2, B2 = random_controller(5)
 DRAFT = {"logits": random_logits(3, 100), "temperature": torch.tensor([0.0, 0.8, 1.0]), "uniform": random_uniform(3)}
 PLAN = {"signals": random_signals(3), "w1": W1, "b1": B1, "w2": W2, "b2": B2, "gammas": torch.tensor([2, 4, 6]),
         "seconds": torch.tensor([1.0, 1.5, 2.0]), "rate": 1.5}
+# The filters may be left out: draft_sample stands for the calls without them.
 SAMPLES = {
     "draft_sample": DRAFT,
     "plan_gamma": PLAN,
-    "draft_step": {**DRAFT, **PLAN, "drafted": torch.tensor([0, 1, 2])},
-    "verify_chain": random_chain((3, 2, 100)),
+    "draft_step": {**DRAFT, **PLAN, "drafted": torch.tensor([0, 1, 2]), **random_filters(3)},
+    "verify_chain": {**random_chain((3, 2, 100)), **random_filters(3, names=("top_k", "min_p"))},
     "linear_int8": random_linear(3, 100, 7),
     "decode_attention": random_attention(2, 4, 2, 3, 10, 8, 6),
 }

@@ -8,6 +8,7 @@ from helpers_ops import (
     random_attention,
     random_chain,
     random_controller,
+    random_filters,
     random_linear,
     random_logits,
     random_signals,
@@ -15,14 +16,14 @@ from helpers_ops import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 W1, B1, W2, B2 = random_controller(5, hidden=16)
-DRAFT = {"logits": random_logits(3, 100), "temperature": torch.ones(3), "uniform": torch.zeros(3)}
+DRAFT = {"logits": random_logits(3, 100), "temperature": torch.ones(3), "uniform": torch.zeros(3), **random_filters(3)}
 PLAN = {"signals": random_signals(3), "w1": W1, "b1": B1, "w2": W2, "b2": B2, "gammas": torch.tensor([2, 4]),
         "seconds": torch.ones(2)}
 GOOD = {
     "draft_sample": DRAFT,
     "plan_gamma": PLAN,
     "draft_step": {**DRAFT, **PLAN, "drafted": torch.zeros(3, dtype=torch.int64)},
-    "verify_chain": random_chain((3, 2, 100), rows="sampled"),
+    "verify_chain": {**random_chain((3, 2, 100), rows="sampled"), **random_filters(3)},
     "linear_int8": random_linear(3, 100, 7),
     "decode_attention": random_attention(2, 4, 2, 3, 10, 8, 6),
 }
@@ -40,6 +41,14 @@ LOGITS_REFUSED = [
     ("temperature", torch.ones(3, dtype=FLOAT64), "temperature must be float32"),
     ("uniform", torch.zeros(4), "uniform must have size 3 in dimension 0, got 4"),
     ("uniform", torch.zeros(3, dtype=torch.float16), "uniform must be float32"),
+]
+FILTERS_REFUSED = [
+    ("top_k", torch.ones(2, dtype=torch.int64), "top_k must have size 3 in dimension 0, got 2"),
+    ("top_k", torch.ones(3), "top_k must be int64"),
+    ("top_p", torch.ones(3, 1), "top_p must have 1 dimensions, got 2"),
+    ("top_p", torch.ones(3, dtype=FLOAT64), "top_p must be float32"),
+    ("min_p", torch.zeros(4), "min_p must have size 3 in dimension 0, got 4"),
+    ("min_p", torch.zeros(3, dtype=torch.int64), "min_p must be float32"),
 ]
 PLAN_REFUSED = [
     ("signals", torch.zeros(5), "signals must have 2 dimensions, got 1"),
@@ -127,6 +136,7 @@ ATTENTION_REFUSED = [
     ("scale", float("inf"), "scale must be finite and > 0"),
 ]
 REFUSED = [
+    *((op, *case) for op in ("draft_sample", "draft_step", "verify_chain") for case in FILTERS_REFUSED),
     *(("draft_sample", *case) for case in LOGITS_REFUSED),
     *(("plan_gamma", *case) for case in PLAN_REFUSED),
     *(("draft_step", *case) for case in LOGITS_REFUSED + PLAN_REFUSED + STEP_REFUSED),

@@ -28,6 +28,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+# Three numbers wait in memory while a filtered draft_step looks for its threshold in 16-bit logits.
+STACK_BYTES = {"filtered draft_step": 16}
 KERNELS = {
     "draft_sample": (draft, "draft_sample_kernel"),
     "plan_gamma": (draft, "plan_gamma_kernel"),
@@ -43,11 +45,15 @@ CASES = [
     ("draft_step", torch.float32, 49152),
     ("verify_chain", torch.bfloat16, 151936),
     ("verify_chain", torch.float32, 49152),
+    ("filtered draft_sample", torch.float16, 151936),
+    ("filtered draft_step", torch.bfloat16, 151936),
+    ("filtered verify_chain", torch.float32, 49152),
 ]
 if os.environ.get("SPECKV_COMPILE_ALL") == "1":
     CASES = [("plan_gamma", None, None)] + [
         (op, dtype, vocabulary)
-        for op in ("draft_sample", "draft_step", "verify_chain")
+        for kind in ("", "filtered ")
+        for op in (f"{kind}draft_sample", f"{kind}draft_step", f"{kind}verify_chain")
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
         for vocabulary in (49152, 151936)
     ]
@@ -63,36 +69,41 @@ class Recorder:
 
 
 def launch(op, dtype, vocabulary, rows=2, max_draft=4):
-    """Call a launcher with a model's shapes, the paper's controller, and contents that do not matter."""
+    """Call a launcher with a model's shapes, the paper's controller, and contents that do not matter.
+
+    An op with "filtered " before its name is launched with all three filters.
+    """
     one_a_row = torch.ones(rows)
     count = torch.ones(rows, dtype=torch.int64)
     signals = torch.ones(rows, 5)
     controller = (
         torch.ones(6, 16), torch.ones(16), torch.ones(16, 1), torch.ones(1), torch.tensor([2, 4, 6, 8]), torch.ones(4),
     )  # fmt: skip
+    *filtered, op = op.split()
+    filters = {"top_k": count, "top_p": one_a_row, "min_p": one_a_row} if filtered else {}
     if op == "plan_gamma":
         draft.plan_gamma(signals, *controller)
         return
     target = torch.empty(rows, max_draft + 1, vocabulary, dtype=dtype)
     drafts = torch.empty(rows, max_draft, vocabulary, dtype=dtype)
     if op == "draft_sample":
-        draft.draft_sample(drafts[:, 0], one_a_row, one_a_row)
+        draft.draft_sample(drafts[:, 0], one_a_row, one_a_row, **filters)
     elif op == "draft_step":
-        draft.draft_step(drafts[:, 0], one_a_row, one_a_row, signals, count, *controller)
+        draft.draft_step(drafts[:, 0], one_a_row, one_a_row, signals, count, *controller, **filters)
     else:
         tokens = torch.ones(rows, max_draft, dtype=torch.int64)
-        verify.verify_chain(target, drafts, tokens, count, one_a_row, torch.ones(rows, max_draft + 1))
+        verify.verify_chain(target, drafts, tokens, count, one_a_row, torch.ones(rows, max_draft + 1), **filters)
 
 
 def source(kernel, recorder):
-    """The kernel specialized as a launch would: integers of 1 are constants, multiples of 16 are known as such."""
+    """The kernel specialized as a launch would: None and integers of 1 are constants, multiples of 16 known as such."""
     options = {name: value for name, value in recorder.kwargs.items() if name not in kernel.arg_names}
     values = dict(zip(kernel.arg_names, recorder.args, strict=False)) | recorder.kwargs
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         is_tensor = isinstance(value, torch.Tensor)
-        if parameter.is_constexpr or (not is_tensor and value == 1):
+        if parameter.is_constexpr or value is None or (not is_tensor and value == 1):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
             continue
@@ -118,7 +129,7 @@ def resources(binary, folder):
 
 def compiled(target, op, dtype, vocabulary, monkeypatch):
     """The kernel of an op as its launcher would have it compiled for a target; returns it and its options."""
-    module, name = KERNELS[op]
+    module, name = KERNELS[op.split()[-1]]
     kernel, recorder = getattr(module, name), Recorder()
     with monkeypatch.context() as patch:
         patch.setattr(module, name, recorder)
@@ -136,6 +147,7 @@ def test_compiles_without_spills(target, op, dtype, vocabulary, monkeypatch, tmp
     print(f"{target} {op} {dtype} {vocabulary}: {options['num_warps']} warps, {shared} B shared, {used}")
     registers = used.pop("registers")
     assert 0 < registers <= 255
+    assert used.pop("stack", 0) <= STACK_BYTES.get(op, 0)
     assert not any(used.values()), f"spills: {used}"
 
 

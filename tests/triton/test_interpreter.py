@@ -185,6 +185,19 @@ def test_a_negative_count_of_drafted_tokens_leaves_no_gamma():
     assert_only_row_changes(outputs, clean, 1)
 
 
+@pytest.mark.parametrize(("name", "value"), [("top_k", -1), ("top_p", 1.1), ("top_p", NAN), ("min_p", -0.1)])
+def test_a_bad_filter_is_answered_with_minus_one(name, value):
+    filters = {"top_k": torch.tensor([5, 5, 0]), "top_p": torch.tensor([0.9, 1.0, 0.5]), "min_p": torch.zeros(3)}
+    for launcher, inputs in ((draft.draft_sample, sampling_inputs), (verify.verify_chain, verify_inputs)):
+        inputs = {**inputs(vocabulary=100), **filters}
+        clean = launcher(**inputs)
+        inputs[name] = inputs[name].clone()
+        inputs[name][1] = value
+        outputs = launcher(**inputs)
+        assert (outputs[0][1] == -1).all()
+        assert_only_row_changes(outputs, clean, 1)
+
+
 @bad_logits
 @pytest.mark.parametrize(("side", "position"), [("target_logits", 0), ("draft_logits", 1), ("target_logits", 2)])
 def test_verify_chain_answers_bad_logits_that_decide_with_minus_one(spoil, side, position):
@@ -326,6 +339,13 @@ def test_verifying_reads_only_the_rows_that_decide(greedy):
         assert (draft_reads[row, kept + rejected :] == 0).all()
 
 
+def filtered(inputs):
+    """Inputs of three rows with filters, also ones that are off."""
+    filters = {"top_k": torch.tensor([5, 0, 3]), "top_p": torch.tensor([1.0, 0.9, 0.5]),
+               "min_p": torch.tensor([0.0, 0.1, 0.2])}
+    return lambda **kwargs: inputs(**kwargs, dtype=torch.bfloat16) | filters
+
+
 CALLS = {
     "draft_sample": (draft.draft_sample, sampling_inputs, ["token_ptr", "prob_ptr", "entropy_ptr", "confidence_ptr"]),
     "plan_gamma": (
@@ -335,18 +355,22 @@ CALLS = {
     ),
     "draft_step": (draft.draft_step, step_inputs, ["token_ptr", "confidence_ptr", "updated_signals_ptr", "gamma_ptr"]),
     "verify_chain": (verify.verify_chain, verify_inputs, ["tokens_ptr", "accepted_ptr"]),
+    "filtered draft_sample": (draft.draft_sample, filtered(sampling_inputs), ["token_ptr", "prob_ptr"]),
+    "filtered verify_chain": (verify.verify_chain, filtered(verify_inputs), ["tokens_ptr", "accepted_ptr"]),
 }
 
 
 @pytest.mark.parametrize("vocabulary", [1, 7, 1023, VOCABULARY])
 @pytest.mark.parametrize("op", CALLS)
 def test_every_access_is_to_an_element_and_every_output_is_written_once(op, vocabulary):
+    if op.startswith("filtered") and vocabulary > 1023:
+        pytest.skip("a hundred passes over three blocks take the interpreter minutes")
     launcher, inputs, outputs = CALLS[op]
     inputs = inputs(vocabulary=vocabulary)
     expected = launcher(**inputs)
     with watch() as probe:
         results = launcher(**{name: padded(tensor) for name, tensor in inputs.items()})
-    assert probe.launches == [f"{op}_kernel"]
+    assert probe.launches == [f"{op.split()[-1]}_kernel"]
     for name in outputs:
         assert (probe.writes(name) == 1).all()
     for result, value in zip(results, expected, strict=True):

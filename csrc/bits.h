@@ -1,0 +1,24 @@
+// The bits of an fp32 number as an integer, and back.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "clones.h"
+
+namespace speckv {
+
+SPECKV_INLINE float from_bits(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+SPECKV_INLINE uint32_t to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return bits;
+}
+
+}  // namespace speckv
