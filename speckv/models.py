@@ -139,7 +139,7 @@ def embedded_model() -> Path:
     folder = _converted_folder()
     if _is_intact(folder):
         return folder
-    gguf_file = _embedded_gguf()
+    gguf_file = embedded_gguf()
     check_writable(folder.parent)
     with locked(folder.parent, "converting the embedded model", wait=True):
         if not _is_intact(folder):  # another process may just have made it
@@ -167,7 +167,7 @@ def _is_intact(folder):
         return False
 
 
-def _embedded_gguf():
+def embedded_gguf():
     try:
         distribution = importlib.metadata.distribution(EMBEDDED_PACKAGE)
     except importlib.metadata.PackageNotFoundError:

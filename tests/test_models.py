@@ -104,7 +104,7 @@ def conversion(tmp_path, monkeypatch):
     counter = Counter()
     monkeypatch.setenv("SPECKV_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(models, "_convert", counter)
-    monkeypatch.setattr(models, "_embedded_gguf", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(models, "embedded_gguf", lambda: tmp_path / "model.gguf")
     return counter
 
 
@@ -135,7 +135,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(conversion, monkeypatch
 def test_a_model_file_that_is_not_the_release_is_refused(monkeypatch):
     monkeypatch.setattr(models, "sha256", lambda file: "0" * 64)
     with pytest.raises(ModelError, match="its hash differs"):
-        models._embedded_gguf()
+        models.embedded_gguf()
 
 
 @needs_embedded
