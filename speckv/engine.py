@@ -23,7 +23,7 @@ from speckv.pruned import decoder_layers
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not change with the length of the text
 ROOM = 256  # tokens: the cache grows by at least so many
-MOST_ROWS = 64  # tokens read together; for more, PyTorch's products for prompts are faster
+MOST_ROWS = 64  # tokens read together; for more in fp32 or bf16, PyTorch's products for prompts are faster
 _NO_TENSOR = torch.empty(0)
 
 
@@ -96,6 +96,7 @@ class DecoderStack:
                 if len(own_table) and len(table) and not torch.equal(own_table, table):
                     raise ModelError(f"{type(model).__name__} holds its matrices in more than one quantized format")
                 table = own_table if len(own_table) else table
+        self.is_quantized = len(table) > 0
         tensors = [model.base_model.norm.weight.detach().float(), rotary.inv_freq.float(), table, *tensors]
         try:
             self._number = torch.ops.speckv.open_decoder(

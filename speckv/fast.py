@@ -38,7 +38,8 @@ class FastTarget:
 class FastModel:
     """One sequence read by a FastTarget; serves as a speckv.cache.CachedModel does.
 
-    Prompts are read by the model itself, whose products are made for many rows.
+    Prompts in fp32 and bf16 are read by the model itself, whose products are made for many rows; those of bitsandbytes
+    bring the weights to 16 bits first, and take longer than the engine.
     """
 
     def __init__(self, target):
@@ -52,7 +53,7 @@ class FastModel:
     def read(self, ids, keep: int, layers: tuple = ()):
         """As CachedModel.read, logits in fp32."""
         new = ids[:, self.length:]
-        if self.length == 0 and new.shape[1] > MOST_ROWS:
+        if self.length == 0 and new.shape[1] > MOST_ROWS and not self._target.stack.is_quantized:
             return self._read_prompt(new, keep, layers)
         inner = sorted({layer for layer in layers if layer >= 0})
         last, states = self._session.read(self._target.embedding(new[0]).float(), inner)
