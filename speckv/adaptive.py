@@ -31,14 +31,13 @@ from speckv.policy import PolicySession
 from speckv.signals import Signal
 
 FADE = 0.97               # of a step in the run's rate with each later one: about the last 30 count
-SHORT_FADE = 0.85         # in the rate of drafting alone: about the last 7 count
 MOST_SCALE, LEAST_SCALE = 2.0, 0.2  # of the controller's promise
 SCALE_TRIALS = 8.0        # promised tokens that a scale of 1 is worth
 LEAST_CAP, RETRY_CAP = 8, 2
 FIRST_PAUSE, LONGEST_PAUSE = 8, 256  # plain steps after drafting was found slower
 PLAIN_EVERY = 128         # steps after which the time of a plain step is measured again
-TRIAL_STEPS = 3           # drafts before their rate is judged, unless
-LARGEST_LOSS = 3.0        # so many plain steps have been lost before
+MOST_LOST = 1.5           # plain steps; what drafting may lose before a pause, a run of bad luck among them
+MOST_GAINED = 1.5         # plain steps; gains beyond do not make up for later losses
 
 
 @dataclass
@@ -48,11 +47,10 @@ class _Experience:
     costs: StepCosts = field(default_factory=StepCosts)
     tokens: float = 0.0
     milliseconds: float = 0.0
-    draft_tokens: float = 0.0  # of the steps that drafted, lately
-    draft_milliseconds: float = 0.0
-    trials: int = 0            # drafts since drafting began or was tried again
+    lost: float = 0.0          # by drafting, against plain decoding, in plain steps; negative for a gain
     promised: float = SCALE_TRIALS
     accepted: float = SCALE_TRIALS
+    is_warm: bool = False      # whether a model drafted in the last step, and has read all the text but its end
     since_plain: int = 0
     pause: int = 0             # plain steps still to take
     next_pause: int = FIRST_PAUSE
@@ -60,7 +58,8 @@ class _Experience:
 
     def record(self, step, promised):
         """Learn from a step, of whose draft the controller promised so many tokens."""
-        self.costs.record(step)
+        self.costs.record(step, self.is_warm)
+        self.is_warm = any(not signal.is_estimate for signal in step.signals)
         ms = self.costs.usual_ms(step)  # so that one stall of the machine does not look like a drafter that fails
         self.tokens = FADE * self.tokens + step.tokens
         self.milliseconds = FADE * self.milliseconds + ms
@@ -69,26 +68,21 @@ class _Experience:
             self.pause = max(0, self.pause - 1)
             return
         self.since_plain += 1
-        self.trials += 1
-        self.draft_tokens = SHORT_FADE * self.draft_tokens + step.tokens
-        self.draft_milliseconds = SHORT_FADE * self.draft_milliseconds + ms
         self.promised = FADE * self.promised + promised
         self.accepted = FADE * self.accepted + step.accepted
         if step.accepted == step.gamma:
             self.cap = max(self.cap, 2 * step.gamma)
         else:
             self.cap = max(min(self.cap, LEAST_CAP), 2 * step.accepted, self.cap - 1)
-        self._judge()
+        self._judge(ms / self.costs.verify_ms(1) - step.tokens)
 
-    def _judge(self):
-        """Make a pause where drafting has been slower than plain decoding."""
-        plain_ms = self.costs.verify_ms(1)
-        lost = self.draft_milliseconds / plain_ms - self.draft_tokens  # in plain steps
-        if lost > LARGEST_LOSS or (self.trials >= TRIAL_STEPS and lost > 0):
+    def _judge(self, lost):
+        """Make a pause where drafting has been slower than plain decoding: a cumulative sum test (Page 1954)."""
+        self.lost = max(self.lost + lost, -MOST_GAINED)
+        if self.lost > MOST_LOST:
             self.pause, self.next_pause = self.next_pause, min(2 * self.next_pause, LONGEST_PAUSE)
-            self.trials, self.draft_tokens, self.draft_milliseconds = 0, 0.0, 0.0
-            self.cap = RETRY_CAP
-        elif self.trials >= 4 * TRIAL_STEPS:
+            self.lost, self.cap = 0.0, RETRY_CAP
+        elif self.lost == -MOST_GAINED:
             self.next_pause, self.cap = FIRST_PAUSE, max(self.cap, LEAST_CAP)
 
     @property

@@ -50,15 +50,19 @@ class StepCosts:
         """Whether no pass was measured yet."""
         return not self._verify
 
-    def record(self, step) -> None:
-        """Learn from a StepRecord."""
+    def record(self, step, is_warm: bool = True) -> None:
+        """Learn from a StepRecord.
+
+        Where a model did not draft in the step before (is_warm is False) its first draft token reads what it has missed
+        too, and tells nothing of the next.
+        """
         self._verify.setdefault(min(step.gamma + 1, MOST_POSITIONS), _Estimate()).add(step.verify_ms)
         copied = sum(signal.is_estimate for signal in step.signals)
         modelled = step.gamma - copied
-        if modelled:
+        if modelled and (is_warm or not self._draft[False].count):
             rest = step.draft_ms - copied * self.draft_ms(True)
             self._draft[False].add(max(rest, 0.0) / modelled)
-        elif copied:
+        elif copied and not modelled:
             self._draft[True].add(step.draft_ms / copied)
 
     def draft_ms(self, is_estimate: bool) -> float:
