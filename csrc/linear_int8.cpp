@@ -72,12 +72,7 @@ SPECKV_INLINE void multiply_rows(
 SPECKV_CLONES void multiply_tile(
     const Int8Weights& weights, int64_t begin, int64_t end, const Chunk* x, int64_t stride, int64_t inputs, float* out,
     int64_t out_stride) {
-    switch (inputs) {
-        case 1: return multiply_rows<1>(weights, begin, end, x, stride, out, out_stride);
-        case 2: return multiply_rows<2>(weights, begin, end, x, stride, out, out_stride);
-        case 3: return multiply_rows<3>(weights, begin, end, x, stride, out, out_stride);
-        default: return multiply_rows<4>(weights, begin, end, x, stride, out, out_stride);
-    }
+    SPECKV_BY_INPUTS(inputs, multiply_rows, weights, begin, end, x, stride, out, out_stride)
 }
 
 void arrange(const Row& row, Chunk* chunks) {

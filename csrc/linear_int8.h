@@ -13,6 +13,17 @@ namespace speckv {
 constexpr int64_t kChunk = 4 * kLanes;  // weights in one vector
 constexpr int64_t kTileInputs = 4;      // rows of x: their sums fill half of AVX-512's registers
 
+// Returns loop<inputs>(...): the loops are built for each number of inputs. A macro, because the loops must be inlined
+// into the function that is cloned for a vector unit, or has the attributes of one.
+#define SPECKV_BY_INPUTS(inputs, loop, ...) \
+    switch (inputs) { \
+        case 1: return loop<1>(__VA_ARGS__); \
+        case 2: return loop<2>(__VA_ARGS__); \
+        case 3: return loop<3>(__VA_ARGS__); \
+        default: return loop<4>(__VA_ARGS__); \
+    }
+static_assert(kTileInputs == 4);
+
 // 64 elements of x in fp32 times 2^-24, those of index 0, 4, 8, ... first, then those of index 1, 5, 9, ... and so on.
 //
 // 64 weights are read as 16 integers of 32 bits, each of which holds four. A weight that is shifted to the top byte is

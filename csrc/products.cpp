@@ -341,23 +341,13 @@ bool detect_bf16_units() {
 SPECKV_CLONES void bfloat16_anywhere(
     const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, int64_t inputs, float* out,
     int64_t stride) {
-    switch (inputs) {
-        case 1: return rows_bfloat16<1>(weights, rows, columns, x, out, stride);
-        case 2: return rows_bfloat16<2>(weights, rows, columns, x, out, stride);
-        case 3: return rows_bfloat16<3>(weights, rows, columns, x, out, stride);
-        default: return rows_bfloat16<4>(weights, rows, columns, x, out, stride);
-    }
+    SPECKV_BY_INPUTS(inputs, rows_bfloat16, weights, rows, columns, x, out, stride)
 }
 
 SPECKV_CLONES void four_bit_anywhere(
     const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table, int64_t columns,
     const uint16_t* x, int64_t inputs, float* out, int64_t stride) {
-    switch (inputs) {
-        case 1: return block_four_bit<1>(indices, scale, scale_stride, table, columns, x, out, stride);
-        case 2: return block_four_bit<2>(indices, scale, scale_stride, table, columns, x, out, stride);
-        case 3: return block_four_bit<3>(indices, scale, scale_stride, table, columns, x, out, stride);
-        default: return block_four_bit<4>(indices, scale, scale_stride, table, columns, x, out, stride);
-    }
+    SPECKV_BY_INPUTS(inputs, block_four_bit, indices, scale, scale_stride, table, columns, x, out, stride)
 }
 
 SPECKV_CLONES void bytes_anywhere(
@@ -386,12 +376,7 @@ bool has_bf16_units() {
 
 SPECKV_CLONES void multiply_float32(
     const float* weights, int64_t rows, int64_t columns, const float* x, int64_t inputs, float* out, int64_t stride) {
-    switch (inputs) {
-        case 1: return rows_float32<1>(weights, rows, columns, x, out, stride);
-        case 2: return rows_float32<2>(weights, rows, columns, x, out, stride);
-        case 3: return rows_float32<3>(weights, rows, columns, x, out, stride);
-        default: return rows_float32<4>(weights, rows, columns, x, out, stride);
-    }
+    SPECKV_BY_INPUTS(inputs, rows_float32, weights, rows, columns, x, out, stride)
 }
 
 void multiply_bfloat16(
@@ -399,12 +384,7 @@ void multiply_bfloat16(
     int64_t stride) {
 #if defined(__x86_64__)
     if (has_bf16_units()) {
-        switch (inputs) {
-            case 1: return rows_in_units<1>(weights, rows, columns, x, out, stride);
-            case 2: return rows_in_units<2>(weights, rows, columns, x, out, stride);
-            case 3: return rows_in_units<3>(weights, rows, columns, x, out, stride);
-            default: return rows_in_units<4>(weights, rows, columns, x, out, stride);
-        }
+        SPECKV_BY_INPUTS(inputs, rows_in_units, weights, rows, columns, x, out, stride)
     }
 #endif
     bfloat16_anywhere(weights, rows, columns, x, inputs, out, stride);
@@ -415,12 +395,7 @@ void multiply_four_bit(
     const uint16_t* x, int64_t inputs, float* out, int64_t stride) {
 #if defined(__x86_64__)
     if (has_bf16_units()) {
-        switch (inputs) {
-            case 1: return block_in_units<1>(indices, scale, scale_stride, table, columns, x, out, stride);
-            case 2: return block_in_units<2>(indices, scale, scale_stride, table, columns, x, out, stride);
-            case 3: return block_in_units<3>(indices, scale, scale_stride, table, columns, x, out, stride);
-            default: return block_in_units<4>(indices, scale, scale_stride, table, columns, x, out, stride);
-        }
+        SPECKV_BY_INPUTS(inputs, block_in_units, indices, scale, scale_stride, table, columns, x, out, stride)
     }
 #endif
     four_bit_anywhere(indices, scale, scale_stride, table, columns, x, inputs, out, stride);
@@ -431,12 +406,7 @@ void multiply_bytes(
     int64_t stride) {
 #if defined(__x86_64__)
     if (has_bf16_units()) {
-        switch (inputs) {
-            case 1: return bytes_in_units<1>(weights, rows, columns, x, out, stride);
-            case 2: return bytes_in_units<2>(weights, rows, columns, x, out, stride);
-            case 3: return bytes_in_units<3>(weights, rows, columns, x, out, stride);
-            default: return bytes_in_units<4>(weights, rows, columns, x, out, stride);
-        }
+        SPECKV_BY_INPUTS(inputs, bytes_in_units, weights, rows, columns, x, out, stride)
     }
 #endif
     bytes_anywhere(weights, rows, columns, x, inputs, out, stride);
