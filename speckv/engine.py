@@ -29,6 +29,15 @@ _NO_TENSOR = torch.empty(0)
 
 def why_not(model) -> str | None:
     """Why this model's layers cannot be computed here, or None where they can."""
+    try:
+        DecoderStack(model)
+    except ModelError as error:
+        return str(error)
+    return None
+
+
+def _why_unknown(model):
+    """What of a model's configuration is not known here, or None."""
     if serving()["cpu"][0] != "cpu":
         return f"the C++ kernels are not in use: {serving()['cpu'][1]}"
     if model.device.type != "cpu":
@@ -44,10 +53,6 @@ def why_not(model) -> str | None:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in ROPE_TYPES:
         return f"its position encoding is {rope['rope_type']}"
-    try:
-        DecoderStack(model)
-    except ModelError as error:
-        return str(error)
     return None
 
 
@@ -73,17 +78,16 @@ class DecoderStack:
     """
 
     def __init__(self, model):
+        if reason := _why_unknown(model):
+            raise ModelError(reason)
         config = model.config.get_text_config(decoder=True)
-        self.config = config
         rotary = model.base_model.rotary_emb
         attention = decoder_layers(model)[1][0].self_attn
         heads = config.num_attention_heads
         self.groups = getattr(config, "num_key_value_heads", None) or heads
         self.head_size = attention.head_dim
         self.num_layers = config.num_hidden_layers
-        # Of the dtype that the model's own cache would have.
-        embedding = model.get_input_embeddings().weight
-        self.cache_dtype = embedding.dtype
+        self.cache_dtype = model.get_input_embeddings().weight.dtype  # what the model's own cache would have
         tensors, table = [], _NO_TENSOR
         for layer in decoder_layers(model)[1]:
             norms = (layer.input_layernorm, layer.post_attention_layernorm,

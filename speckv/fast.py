@@ -7,21 +7,25 @@ import torch
 from transformers import DynamicCache
 
 from speckv.cache import CachedModel, hidden_states
-from speckv.engine import MOST_ROWS, DecoderStack, HeldMatrix, why_not
+from speckv.engine import MOST_ROWS, DecoderStack, HeldMatrix
 from speckv.errors import ModelError
 
 _TARGETS = weakref.WeakKeyDictionary()
 
 
 class FastTarget:
-    """A target's weights as the engine reads them, made once for a model."""
+    """A target's weights as the engine reads them, made once for a model.
+
+    Weights that are changed in place are seen, norms and biases apart; those that are replaced afterwards are not.
+    """
 
     def __init__(self, model):
-        if reason := why_not(model):
-            raise ModelError(f"the fast path cannot decode this model: {reason}")
+        try:
+            self.stack = DecoderStack(model)
+            self.head = HeldMatrix(model.get_output_embeddings())
+        except ModelError as error:
+            raise ModelError(f"the fast path cannot decode this model: {error}") from error
         self.model = weakref.proxy(model)
-        self.stack = DecoderStack(model)
-        self.head = HeldMatrix(model.get_output_embeddings())
         self.embedding = model.get_input_embeddings()
 
     @classmethod

@@ -22,7 +22,6 @@ from speckv.int8 import Int8Linear, linear, replace_linears
 KIND = "head"
 COMBINE, FUSE, CENTER, SCALE = "combine.weight", "fuse.weight", "features.center", "features.scale"
 LAYERS, TOKEN_IDS = "features.layers", "token_ids"
-_NOT_TRIED = object()
 FARTHEST = 10.0  # standard deviations; the first tokens of a text have hidden states like no others
 
 
@@ -53,7 +52,7 @@ class FeatureHead(nn.Module):
         self.rows = head.weight.detach()[self.token_ids]
         self._bias = head.bias.detach()[self.token_ids] if getattr(head, "bias", None) is not None else None
         self.cap = getattr(target.config.get_text_config(), "final_logit_softcapping", None)
-        self._engine = _NOT_TRIED
+        self._engine, self._knows_engine = None, False
 
     @property
     def num_layers(self) -> int:
@@ -69,7 +68,7 @@ class FeatureHead(nn.Module):
         del self.combine, self.fuse  # a module cannot take the place of a parameter
         self.combine, self.fuse = nn.ModuleList(halves), fuse
         self.rows = Int8Linear(self.rows, self._bias)
-        self._engine = _NOT_TRIED
+        self._engine, self._knows_engine = None, False
 
     def combine_halves(self):
         """What takes the last position's output, and what takes the embedding: two matrices [H, H]."""
@@ -111,9 +110,9 @@ class FeatureHead(nn.Module):
 
     def _reader(self):
         """What reads one sequence: the engine where it can, a head held in int8; else PyTorch."""
-        if self._engine is _NOT_TRIED:
-            is_held = isinstance(self.fuse, Int8Linear)
-            self._engine = HeadEngine(self) if is_held and engine.why_not(self.decoder) is None else None
+        if not self._knows_engine:
+            can_use = isinstance(self.fuse, Int8Linear) and engine.why_not(self.decoder) is None
+            self._engine, self._knows_engine = HeadEngine(self) if can_use else None, True
         return _Reader(self) if self._engine is None else self._engine.open()
 
 
