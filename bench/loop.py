@@ -95,7 +95,7 @@ def ways(target, drafter, tokens):
 
 
 def measure(compression, tokens, repeats, llama):
-    """{way: (tokens a second of each repeat, {prompt: where its text parts from transformers'})}."""
+    """{way: its tokens a second, of the median of each prompt, and where each text parts from transformers'}."""
     target, tokenizer = speckv.load_target("smollm2", compression)
     runs = ways(target, speckv.load_drafter("lookup+smollm2", target), tokens)
     seconds = {name: [[] for _ in PROMPTS] for name in [*runs, *(["llama.cpp, Q4_1"] if llama else [])]}

@@ -34,7 +34,7 @@ Compression = Annotated[str, typer.Option(help=f"How the target is held: {', '.j
 TOKENS, MOST_TOKENS, EPOCHS = 400_000, 4_000_000, 10.0  # of a distillation; the second with --hours
 Fast = Annotated[bool, typer.Option(
     "--fast", help="Read the target with speckv's own CPU kernels, several times as fast: Llama, Mistral, Qwen 2 and 3 "
-                   "in fp32, bf16 or nf4. Others are read by PyTorch all the same.")]
+                   "in fp32, bf16, int8 or nf4. Others are read by PyTorch, with a warning.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if not given.")]
 
 

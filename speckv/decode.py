@@ -30,7 +30,8 @@ def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128
     in this order, as in transformers (see speckv.kernels.reference.filter_logits).
     eos_token_id is an id, a list of ids, or None for what the target's generation_config says, of which nothing else
     is used. on_step(tokens, record) is called after every step with the new token ids. fast has the target read by the
-    C++ engine of speckv.engine, several times as fast on a CPU.
+    C++ engine of speckv.engine, several times as fast on a CPU; a target that it cannot read is decoded without it,
+    with a warning that says why.
 
     Raises InputError or ModelError before any work where an argument cannot be used, and NumericalError, with the
     step, where a model's logits are not a distribution.

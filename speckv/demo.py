@@ -68,8 +68,7 @@ def run(target_name: str, drafter_name: str, compressions: list, policies: list,
                                                 on_step=None if outputs else printer, fast=fast)
             printer.finish()
             # With a drafter that reads the target's hidden states, plain decoding would be slower than it is.
-            plain = generate(target, None, ids, max_new_tokens=max_new_tokens, policy="off",
-                             fast=fast)
+            plain = generate(target, None, ids, max_new_tokens=max_new_tokens, policy="off", fast=fast)
             cells.append(Cell(compression, task, plain, outputs, {
                 name: first_difference(target, plain, output) for name, output in outputs.items()}))
         del target, drafter

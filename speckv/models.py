@@ -167,7 +167,8 @@ def _is_intact(folder):
         return False
 
 
-def embedded_gguf():
+def embedded_gguf() -> Path:
+    """The GGUF file (Q4_1) that the embedded model is made of; raises ModelError where it is missing or another."""
     try:
         distribution = importlib.metadata.distribution(EMBEDDED_PACKAGE)
     except importlib.metadata.PackageNotFoundError:
