@@ -1,5 +1,8 @@
 """A causal language model together with the KV cache of one sequence, and taking tokens back out of it."""
 
+import functools
+import inspect
+
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -55,6 +58,17 @@ def roomy_cache(config, capacity: int) -> DynamicCache:
     return cache
 
 
+def cached(model, cache) -> dict:
+    """The arguments with which a model reads from and writes to a cache, or where it is None uses none."""
+    return {"use_cache": False} if cache is None else {_cache_argument(model.__class__): cache, "use_cache": True}
+
+
+@functools.cache
+def _cache_argument(model_class):
+    # Its name in earlier versions of transformers, and in models from elsewhere.
+    return "cache" if "cache" in inspect.signature(model_class.forward).parameters else "past_key_values"
+
+
 def hidden_states(output, layers: tuple):
     """The hidden states [B, n, len(layers)·H] of a model's output, joined.
 
@@ -79,7 +93,7 @@ class CachedModel:
         Returns the logits [B, keep, V] after each of the last `keep` tokens, and the hidden states [B, m, n·H] of all
         m after the n layers asked for (see hidden_states), else None.
         """
-        output = self.model(ids[:, self.length:], past_key_values=self._cache, use_cache=True, logits_to_keep=keep,
+        output = self.model(ids[:, self.length:], **cached(self.model, self._cache), logits_to_keep=keep,
                             output_hidden_states=bool(layers))
         self.length = ids.shape[1]
         if self._cache.get_seq_length() != self.length:

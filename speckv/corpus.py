@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from speckv.cache import hidden_states, roomy_cache
+from speckv.cache import cached, hidden_states, roomy_cache
 from speckv.errors import ModelError
 from speckv.files import atomic_file, claimed, locked, remove_leftovers, sha256, write_json
 from speckv.kernels import draft_sample
@@ -189,8 +189,8 @@ def write_shard(target, tokenizer, settings: CorpusSettings, index: int, layers:
     cache = roomy_cache(target.config, settings.length)
     hidden, fed = None, 0
     for length in range(start, settings.length + 1):
-        output = target(tokens[:, fed:length].to(device), past_key_values=cache, use_cache=True,
-                        output_hidden_states=True, logits_to_keep=1)
+        output = target(tokens[:, fed:length].to(device), **cached(target, cache), output_hidden_states=True,
+                        logits_to_keep=1)
         states = hidden_states(output, layers)
         if hidden is None:
             hidden = torch.empty(settings.rows, settings.length, states.shape[-1], dtype=torch.bfloat16)

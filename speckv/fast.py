@@ -6,7 +6,7 @@ import weakref
 import torch
 from transformers import DynamicCache
 
-from speckv.cache import CachedModel, hidden_states
+from speckv.cache import CachedModel, cached, hidden_states
 from speckv.engine import MOST_ROWS, DecoderStack, HeldMatrix
 from speckv.errors import ModelError
 
@@ -69,7 +69,7 @@ class FastModel:
 
     def _read_prompt(self, ids, keep, layers):
         cache = DynamicCache(config=self._target.model.config)
-        output = self._target.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep,
+        output = self._target.model(ids, **cached(self._target.model, cache), logits_to_keep=keep,
                                     output_hidden_states=bool(layers))
         self._session.fill(cache)
         return output.logits.float(), hidden_states(output, layers).float() if layers else None

@@ -45,8 +45,7 @@ class _Reader:
         engine = self._engine
         if self._session.length == 0 and ids.shape[1] > MOST_ROWS:
             cache = DynamicCache(config=engine.config)
-            last = engine.read_prompt(before.to(engine.embedding.weight.dtype), ids, past_key_values=cache,
-                                      use_cache=True)
+            last = engine.read_prompt(before.to(engine.embedding.weight.dtype), ids, cache)
             self._session.fill(cache)
             return last[:, -1:].float()
         joined = before[0] + engine.from_embedding(engine.embedding(ids[0]).float())

@@ -143,7 +143,7 @@ class HeadStudent:
                 # Only a model whose layers may differ takes a mask for each kind.
                 mask = masks if len(masks) > 1 else masks.popitem()[1]
             outputs.append(self._head.hidden(
-                pad(brought[:, :-1], (0, 0, 1, 0)), tokens, past_key_values=cache, use_cache=depth > 1,
+                pad(brought[:, :-1], (0, 0, 1, 0)), tokens, cache,
                 position_ids=position.unsqueeze(0), attention_mask=mask))
             if d < depth:
                 brought = self._head.continued(outputs[-1])

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, tiny_model
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from speckv import attention
+from speckv.cache import cached
 from speckv.kernels import serving
 
 pytestmark = pytest.mark.skipif(serving()["cpu"][0] != "cpu", reason="needs the C++ kernels")
@@ -21,13 +22,11 @@ def both(family):
 
 def differences(plain, own, calls, **settings):
     """The largest difference of logits over a run of calls on a cache each."""
-    caches, largest = [None, None], 0.0
+    caches, largest = [DynamicCache(config=model.config) for model in (plain, own)], 0.0
     for ids in calls:
         logits = []
         for i, model in enumerate((plain, own)):
-            output = model(ids, past_key_values=caches[i], use_cache=True, **settings)
-            caches[i] = output.past_key_values
-            logits.append(output.logits)
+            logits.append(model(ids, **cached(model, caches[i]), **settings).logits)
         largest = max(largest, (logits[0] - logits[1]).abs().max().item())
     return largest
 
@@ -58,8 +57,8 @@ def test_a_static_cache_has_positions_that_are_not_seen():
     logits = []
     for model in (plain, own):
         cache = StaticCache(config=model.config, max_cache_len=32)
-        model(torch.arange(5).unsqueeze(0), past_key_values=cache)
-        logits.append(model(torch.arange(3).unsqueeze(0), past_key_values=cache).logits)
+        model(torch.arange(5).unsqueeze(0), **cached(model, cache))
+        logits.append(model(torch.arange(3).unsqueeze(0), **cached(model, cache)).logits)
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
