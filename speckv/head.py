@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from speckv import drafter_folder, engine, pruned
-from speckv.cache import check_rollback, context_limit, rope_switch, vocabulary_size
+from speckv.cache import cached, check_rollback, context_limit, rope_switch, vocabulary_size
 from speckv.errors import ModelError
 from speckv.head_engine import HeadEngine
 from speckv.int8 import Int8Linear, linear, replace_linears
@@ -23,6 +23,7 @@ KIND = "head"
 COMBINE, FUSE, CENTER, SCALE = "combine.weight", "fuse.weight", "features.center", "features.scale"
 LAYERS, TOKEN_IDS = "features.layers", "token_ids"
 FARTHEST = 10.0  # standard deviations; the first tokens of a text have hidden states like no others
+WINDOW = 16      # tokens; a head that has more than these to read starts anew with the last of them
 
 
 class FeatureHead(nn.Module):
@@ -86,11 +87,11 @@ class FeatureHead(nn.Module):
         """The same of positions that only the head has read, from its own last hidden states [B, n, H]."""
         return linear(hidden, self.combine_halves()[0])
 
-    def hidden(self, before, ids, **settings):
+    def hidden(self, before, ids, cache=None, **settings):
         """The head's last hidden states [B, n, H], from what the positions before bring [B, n, H], and ids [B, n]."""
         embeddings = self.decoder.get_input_embeddings()(ids)
         joined = before + linear(embeddings, self.combine_halves()[1])
-        return self.decoder.base_model(inputs_embeds=joined, **settings).last_hidden_state
+        return self.decoder.base_model(inputs_embeds=joined, **cached(self.decoder.base_model, cache), **settings).last_hidden_state
 
     def logits(self, hidden):
         """Logits [..., S] over token_ids."""
@@ -128,7 +129,7 @@ class _Reader:
 
     def hidden(self, before, ids):
         """The last hidden state [1, 1, H] after the next tokens ids [1, n], and what the ones before each bring."""
-        return self._head.hidden(before, ids, past_key_values=self._cache, use_cache=True)[:, -1:]
+        return self._head.hidden(before, ids, self._cache)[:, -1:]
 
     def rollback(self, length):
         read = self._cache.get_seq_length()
@@ -142,7 +143,8 @@ class _HeadSession:
     def __init__(self, head, reader):
         self._head = head
         self._reader = reader
-        self._length = 0  # positions read
+        self._first = 0   # positions before are not read
+        self._length = 0  # positions read, those before the first included
         self._exact = 0   # of these, how many were fed nothing but the target's own features
         self._observed = 0
         self._pending = []  # (start, hidden states) that no draft has asked for yet
@@ -157,7 +159,11 @@ class _HeadSession:
 
     def next_logits(self, ids):
         """Logits [1, V] of the token after ids [1, n]; -inf where the head cannot draft a token."""
-        start, end = self._length, ids.shape[1]
+        end = ids.shape[1]
+        if end - self._length > WINDOW:
+            self._first = self._length = end - WINDOW
+            self._reader.rollback(0)
+        start = self._length
         self._room(max(end, self._observed))
         self._take_in()
         before = self._brought[:, max(start - 1, 0):end - 1]
@@ -175,7 +181,8 @@ class _HeadSession:
     def rollback(self, length: int) -> None:
         """Forget what lies behind `length`, and what was computed from guessed features."""
         self._length = self._exact = min(length, self._exact, self._length)
-        self._reader.rollback(self._length)
+        self._first = min(self._first, self._length)
+        self._reader.rollback(self._length - self._first)
         self._observed = min(self._observed, length)
         self._pending = [(first, hidden[:, :length - first]) for first, hidden in self._pending if first < length]
 
@@ -283,7 +290,7 @@ def _agree(head, other):
     """Whether two heads make the same of a few tokens, bit for bit."""
     embedding = head.decoder.get_input_embeddings()
     ids = torch.arange(4, device=embedding.weight.device).unsqueeze(0)
-    return torch.equal(*(each.hidden(embedding(ids), ids, use_cache=False) for each in (head, other)))
+    return torch.equal(*(each.hidden(embedding(ids), ids) for each in (head, other)))
 
 
 def save(folder, head: FeatureHead, card: dict) -> None:

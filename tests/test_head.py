@@ -9,6 +9,7 @@ from speckv import ModelError, drafter_folder, head, pruned
 from speckv.cache import hidden_states
 from speckv.int8 import MANY_ROWS, Int8Linear
 from speckv.kernels import serving
+from speckv.lookup import LookupFirst
 from speckv.students import MATCH_GAMMA, HeadStudent
 
 ARCHITECTURES = ["llama", "qwen2", "gemma", "gpt2", "mistral-sliding"]
@@ -57,8 +58,9 @@ def test_greedy_output_with_two_layers_is_that_of_plain_decoding(architecture):
 @torch.inference_mode()
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("architecture", ["llama", "gemma", "gemma2", "mistral-sliding"])
-def test_training_sees_what_the_loop_drafts(architecture, num_layers):
+def test_training_sees_what_the_loop_drafts(architecture, num_layers, monkeypatch):
     """Pass d at position j is what a session makes of it that has the target's features up to j - d."""
+    monkeypatch.setattr(head, "WINDOW", 20)
     target = tiny_model(architecture)
     drafter = tiny_head(target, drafts=VOCABULARY, num_layers=num_layers)
     student = HeadStudent(target, 3, drafter.own_tensors())
@@ -75,8 +77,10 @@ def test_training_sees_what_the_loop_drafts(architecture, num_layers):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("window", [2, 20])
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_a_rollback_leaves_nothing_of_the_rejected_draft(num_layers):
+def test_a_rollback_leaves_nothing_of_the_rejected_draft(num_layers, window, monkeypatch):
+    monkeypatch.setattr(head, "WINDOW", window)
     target = tiny_model()
     drafter = tiny_head(target, num_layers=num_layers)
     ids = prompt_ids(20)
@@ -95,6 +99,42 @@ def test_a_rollback_leaves_nothing_of_the_rejected_draft(num_layers):
     used.rollback(9)
     for a, b in zip(drafted(fresh), drafted(used), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("make", [lambda target: tiny_head(target), lambda target: int8_head(target)],
+                         ids=["as trained", "int8"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral-sliding"])
+def test_of_a_long_text_a_head_reads_the_last_tokens(architecture, make, monkeypatch):
+    monkeypatch.setattr(head, "WINDOW", 6)
+    target = tiny_model(architecture)
+    drafter = make(target)
+    ids = prompt_ids(20)
+    features, other_ids, sessions = features_of(target, ids), ids.clone(), [drafter.open(), drafter.open()]
+    other_ids[:, :13] = prompt_ids(13, seed=5)  # the first position read is number 14; what 13 brings is the target's
+    other = torch.cat([torch.randn(1, 13, features.shape[2]), features[:, 13:]], dim=1)
+    sessions[0].observe(features[:, :19], 0)
+    sessions[1].observe(other[:, :19], 0)
+    first = [session.next_logits(text) for session, text in zip(sessions, (ids, other_ids), strict=True)]
+    assert torch.equal(*first)
+    for session, text in zip(sessions, (ids, other_ids), strict=True):
+        first.append(session.next_logits(torch.cat([text, prompt_ids(1, seed=3)], dim=1)))
+    assert torch.equal(*first[2:])
+    other[:, 13] = 0  # but that it does read
+    fresh = drafter.open()
+    fresh.observe(other[:, :19], 0)
+    assert not torch.equal(fresh.next_logits(ids), first[0])
+
+
+@pytest.mark.parametrize("policy", ["fixed:3", "adaptive"])
+@pytest.mark.parametrize("draft", [lambda target: tiny_head(target), lambda target: LookupFirst(tiny_head(target))],
+                         ids=["head", "behind lookup"])
+def test_greedy_output_with_a_head_that_falls_behind_is_that_of_plain_decoding(draft, policy, monkeypatch):
+    monkeypatch.setattr(head, "WINDOW", 2)
+    target = tiny_model()
+    ids = prompt_ids(12)
+    output = speckv.generate(target, draft(target), ids, max_new_tokens=60, policy=policy)
+    assert torch.equal(output.sequences, target.generate(ids, do_sample=False, max_new_tokens=60, pad_token_id=0))
 
 
 def test_a_head_never_drafts_outside_its_tokens():
