@@ -133,20 +133,26 @@ def distill(
     depth: Annotated[int, typer.Option(
         min=1, help="How many of its own tokens deep a head is trained, in the second half of the training. Deeper "
                     "makes long drafts better; a step then takes that many times as long.")] = 3,
+    head_tokens: Annotated[int, typer.Option(
+        min=1, help="How many different tokens a head can draft: those that the target writes most. A draft token takes "
+                    "longer with more. A head with more that training starts from is cut.")] = 8_192,
     tokens: Annotated[int | None, typer.Option(
         min=1, show_default=False, help="How much text the target writes to train on: 400,000 if not given; with "
                                         "--hours, the most it may write, 4,000,000 if not given.")] = None,
     epochs: Annotated[float | None, typer.Option(
         show_default=False, help="How often the text is trained on; 10 if not given. More text teaches more than more "
                                  "epochs.")] = None,
+    learning_rate: Annotated[float, typer.Option(
+        help="Of AdamW, at its highest, after a short warm-up; it falls to a twentieth. Less suits a drafter that is "
+             "trained further.")] = 1e-3,
     hours: Annotated[float | None, typer.Option(
         help="Finish in about so many hours, all sittings together, whatever this machine can do in them: 40 % of the "
              "time writes text, at least one shard of it (65,536 tokens), the rest trains. In place of --epochs.")
     ] = None,
     start_from: Annotated[str | None, typer.Option(
         help=f"Train this drafter further, of the same kind: a folder made by 'speckv distill', or '{EMBEDDED}' for "
-             "the shipped one. The outcome is never worse than it on held-out text. A head with fewer --layers than "
-             "asked for is given more.")] = None,
+             "the shipped one. The outcome is never worse on held-out text than what it starts from. A head with fewer "
+             "--layers than asked for is given more.")] = None,
     resume: Annotated[bool, typer.Option(
         help="Go on where the last run in the work folder stopped; --no-resume trains anew on the text that is there.")
     ] = True,
@@ -189,8 +195,9 @@ def distill(
     keep_freed_memory()
     _set_threads(threads)
     corpus = CorpusSettings(tokens=tokens or (TOKENS if hours is None else MOST_TOKENS), seed=seed)
-    settings = DistillSettings(kind=kind, num_layers=layers, depth=depth, epochs=EPOCHS if epochs is None else epochs,
-                               hours=hours, corpus=corpus)
+    settings = DistillSettings(kind=kind, num_layers=layers, depth=depth, head_tokens=head_tokens,
+                               epochs=EPOCHS if epochs is None else epochs, hours=hours, corpus=corpus,
+                               learning_rate=learning_rate)
     model, tokenizer = load_target(target, faster_dtype(default_device()))
     corpus = replace(corpus, length=min(corpus.length, context_limit(model) or corpus.length))
     settings = replace(settings, corpus=corpus)

@@ -22,7 +22,7 @@ class DistillSettings:
 
     kind: str = "head"
     num_layers: int | None = None  # where not given, that of DEFAULT_LAYERS
-    head_tokens: int = 16_384   # how many different tokens a head can draft
+    head_tokens: int = 8_192    # how many different tokens a head can draft
     depth: int = 3              # how many of its own tokens deep a head is trained
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     epochs: float = 10.0
@@ -41,7 +41,8 @@ class DistillSettings:
         if self.num_layers is None:
             object.__setattr__(self, "num_layers", DEFAULT_LAYERS[self.kind])
         numbers = (self.num_layers, self.head_tokens, self.depth, self.epochs, self.corpus.tokens, self.batch_rows,
-                   self.loss_positions, self.warmup_steps, self.evaluate_every, 1 if self.hours is None else self.hours)
+                   self.loss_positions, self.warmup_steps, self.evaluate_every, self.learning_rate,
+                   1 if self.hours is None else self.hours)
         if not all(math.isfinite(number) and number > 0 for number in numbers):
             raise InputError(f"tokens, epochs, hours and the other numbers of a distillation must be positive: {self}")
 

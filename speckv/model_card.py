@@ -67,8 +67,10 @@ def command(card: dict) -> str:
     words = ["speckv", "distill", "--target", card["target"]["name"] or "TARGET", "--output", "FOLDER",
              "--kind", settings["kind"]]
     words += ["--layers", _num_layers(card)]
-    words += ["--depth", settings["depth"]] if settings["kind"] == "head" else []
-    words += ["--tokens", settings["corpus"]["tokens"]]
+    if settings["kind"] == "head":
+        words += ["--depth", settings["depth"], "--head-tokens", settings["head_tokens"]]
+    words += ["--tokens", settings["corpus"]["tokens"], "--seed", settings["corpus"]["seed"]]
+    words += ["--learning-rate", settings["learning_rate"]]
     words += ["--hours", settings["hours"]] if settings["hours"] else ["--epochs", settings["epochs"]]
     words += ["--start-from", "DRAFTER"] if settings["start_from"] else []
     return shlex.join(str(word) for word in words)
@@ -83,8 +85,7 @@ def _repeatable(settings):
         lines = ["A run by time ends with other weights each time: how much it gets done depends on the machine."]
     else:
         lines = ["On the same machine, with as many threads and the same packages, this gives the same weights."]
-    hidden = {key: settings[key] for key in ("head_tokens", "batch_rows", "loss_positions", "learning_rate",
-                                             "warmup_steps", "evaluate_every")}
-    hidden |= {f"corpus.{key}": settings["corpus"][key] for key in ("rows", "length", "seed")}
+    hidden = {key: settings[key] for key in ("batch_rows", "loss_positions", "warmup_steps", "evaluate_every")}
+    hidden |= {f"corpus.{key}": settings["corpus"][key] for key in ("rows", "length")}
     return lines + ["Settings that the command has no option for: "
                     + ", ".join(f"{key} {value}" for key, value in hidden.items()) + ".", ""]

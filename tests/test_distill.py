@@ -423,6 +423,12 @@ def test_a_head_is_given_more_layers_and_starts_as_good_as_it_was(target, tmp_pa
     output = speckv.generate(target, drafter, prompt_ids(), max_new_tokens=30, policy="fixed:3", eos_token_id=[])
     plain = speckv.generate(target, None, prompt_ids(), max_new_tokens=30, policy="off", eos_token_id=[])
     assert torch.equal(output.sequences, plain.sequences)
+    few = dataclasses.replace(one, head_tokens=20)
+    run(target, tmp_path / "few/drafter", work, settings=few, start_from=tmp_path / "first", resume=False)
+    assert "--head-tokens 20" in (tmp_path / "few/drafter/README.md").read_text()
+    ids = [speckv.load_drafter(str(folder), target).token_ids
+           for folder in (tmp_path / "first", tmp_path / "few/drafter")]
+    assert [len(each) for each in ids] == [50, 20] and set(ids[1].tolist()) < set(ids[0].tolist())
     with pytest.raises(InputError, match="say --layers 2"):
         run(target, tmp_path / "fewer", work, settings=one, start_from=tmp_path / "grown/drafter")
 
