@@ -56,8 +56,12 @@ void rotate(float* head, const float* cosine, const float* sine, int64_t half) {
 // One pass through the layers: its buffers, and its steps.
 class Pass {
 public:
-    Pass(const Decoder& decoder, Team& team, const Cache& cache, int64_t start, int64_t count, float* x)
-        : decoder_(decoder), team_(team), cache_(cache), start_(start), count_(count), x_(x) {
+    Pass(const Decoder& decoder, Team& team, const std::vector<Span>& spans, float* x)
+        : decoder_(decoder), team_(team), spans_(spans), count_(0), x_(x) {
+        for (const Span& span : spans) {
+            count_ += span.count;
+        }
+        const int64_t count = count_;
         static thread_local Buffers buffers;
         buffers_ = &buffers;
         buffers.normed.resize(count * decoder.hidden);
@@ -70,6 +74,8 @@ public:
         buffers.delta.resize(count * decoder.hidden);
         find_angles();
     }
+
+    int64_t count() const { return count_; }
 
     void run(int64_t index) {
         const Layer& layer = decoder_.layers[index];
@@ -86,6 +92,8 @@ public:
 private:
     struct Buffers {
         std::vector<float> normed, query, key, value, attended, gate, up, delta, cosine, sine;
+        std::vector<Problem> problems;
+        std::vector<float*> outs;
         Inputs inputs;
     };
 
@@ -96,11 +104,14 @@ private:
         const int64_t half = decoder_.head_size / 2;
         buffers_->cosine.resize(count_ * half);
         buffers_->sine.resize(count_ * half);
-        for (int64_t token = 0; token < count_; ++token) {
-            for (int64_t i = 0; i < half; ++i) {
-                const float angle = static_cast<float>(start_ + token) * decoder_.inverse_frequencies[i];
-                buffers_->cosine[token * half + i] = std::cos(angle) * decoder_.rotary_scale;
-                buffers_->sine[token * half + i] = std::sin(angle) * decoder_.rotary_scale;
+        int64_t at = 0;
+        for (const Span& span : spans_) {
+            for (int64_t token = 0; token < span.count; ++token) {
+                for (int64_t i = 0; i < half; ++i, ++at) {
+                    const float angle = static_cast<float>(span.start + token) * decoder_.inverse_frequencies[i];
+                    buffers_->cosine[at] = std::cos(angle) * decoder_.rotary_scale;
+                    buffers_->sine[at] = std::sin(angle) * decoder_.rotary_scale;
+                }
             }
         }
     }
@@ -130,10 +141,20 @@ private:
         });
     }
 
-    // Norms and angles, and keys and values into the cache.
+    // Norms and angles, and keys and values into the caches.
     void place(const Layer& layer, int64_t index) {
+        int64_t first = 0;
+        for (const Span& span : spans_) {
+            place_span(layer, index, span, first);
+            first += span.count;
+        }
+    }
+
+    // Of a span that begins with this token of all.
+    void place_span(const Layer& layer, int64_t index, const Span& span, int64_t first) {
         const int64_t size = decoder_.head_size, half = size / 2;
-        for (int64_t token = 0; token < count_; ++token) {
+        const Cache& cache = span.cache;
+        for (int64_t token = first; token < first + span.count; ++token) {
             const float* const cosine = buffers_->cosine.data() + token * half;
             const float* const sine = buffers_->sine.data() + token * half;
             const auto turn = [&](float* head, const std::vector<float>& norm) {
@@ -148,40 +169,57 @@ private:
             for (int64_t group = 0; group < decoder_.groups; ++group) {
                 float* const key = buffers_->key.data() + token * key_width() + group * size;
                 turn(key, layer.key_norm);
-                const int64_t at = cache_offset(index, group) + (start_ + token) * size * element_bytes(cache_.dtype);
-                narrow(key, size, cache_.dtype, cache_.keys + at);
-                narrow(buffers_->value.data() + token * key_width() + group * size, size, cache_.dtype,
-                       cache_.values + at);
+                const int64_t position = span.start + token - first;
+                const int64_t at = cache_offset(cache, index, group) + position * size * element_bytes(cache.dtype);
+                narrow(key, size, cache.dtype, cache.keys + at);
+                narrow(buffers_->value.data() + token * key_width() + group * size, size, cache.dtype,
+                       cache.values + at);
             }
         }
     }
 
-    int64_t cache_offset(int64_t layer, int64_t group) const {
-        return (layer * decoder_.groups + group) * cache_.capacity * decoder_.head_size * element_bytes(cache_.dtype);
+    int64_t cache_offset(const Cache& cache, int64_t layer, int64_t group) const {
+        return (layer * decoder_.groups + group) * cache.capacity * decoder_.head_size * element_bytes(cache.dtype);
     }
 
     void attend_all(int64_t layer) {
-        const int64_t size = decoder_.head_size, bytes = element_bytes(cache_.dtype);
-        const int64_t offset = cache_offset(layer, 0);
-        const auto cached = [&](const std::byte* from) {
-            return Heads{from + offset, cache_.dtype, size, {0, cache_.capacity * size * bytes, size * bytes}};
-        };
-        const Problem problem{
-            {reinterpret_cast<const std::byte*>(buffers_->query.data()), Dtype::kFloat32, size,
-             {0, size * int64_t{sizeof(float)}, query_width() * int64_t{sizeof(float)}}},
-            cached(cache_.keys), cached(cache_.values), count_, start_ + count_, decoder_.heads / decoder_.groups,
-            decoder_.attention_scale};
-        float* const out = buffers_->attended.data();
-        team_.run(decoder_.groups, [&](int64_t group) {
+        buffers_->problems.clear();
+        buffers_->outs.clear();
+        int64_t first = 0;
+        for (const Span& span : spans_) {
+            buffers_->problems.push_back(problem_of(span, layer, first));
+            buffers_->outs.push_back(buffers_->attended.data() + first * query_width());
+            first += span.count;
+        }
+        const int64_t size = decoder_.head_size, groups = decoder_.groups;
+        team_.run(groups * static_cast<int64_t>(spans_.size()), [&](int64_t index) {
+            const int64_t group = index % groups;
+            const Problem& problem = buffers_->problems[index / groups];
+            float* const out = buffers_->outs[index / groups];
             static thread_local std::vector<float> room, results;
             results.resize(problem.rows() * padded(size));
             attend(problem, 0, group, room, results.data());
             for (int64_t row = 0; row < problem.rows(); ++row) {
-                const int64_t head = group * problem.group + row / count_;
+                const int64_t head = group * problem.group + row / problem.queries;
                 const float* const from = results.data() + row * padded(size);
-                std::copy(from, from + size, out + (row % count_) * query_width() + head * size);
+                std::copy(from, from + size, out + (row % problem.queries) * query_width() + head * size);
             }
         });
+    }
+
+    // Attention of a span that begins with this token of all.
+    Problem problem_of(const Span& span, int64_t layer, int64_t first) const {
+        const Cache& cache = span.cache;
+        const int64_t size = decoder_.head_size, bytes = element_bytes(cache.dtype);
+        const int64_t offset = cache_offset(cache, layer, 0);
+        const auto cached = [&](const std::byte* from) {
+            return Heads{from + offset, cache.dtype, size, {0, cache.capacity * size * bytes, size * bytes}};
+        };
+        const float* const query = buffers_->query.data() + first * query_width();
+        return {{reinterpret_cast<const std::byte*>(query), Dtype::kFloat32, size,
+                 {0, size * int64_t{sizeof(float)}, query_width() * int64_t{sizeof(float)}}},
+                cached(cache.keys), cached(cache.values), span.count, span.start + span.count,
+                decoder_.heads / decoder_.groups, decoder_.attention_scale};
     }
 
     // What the layer adds to its input: a product with values [count, columns].
@@ -216,8 +254,8 @@ private:
 
     const Decoder& decoder_;
     Team& team_;
-    const Cache& cache_;
-    int64_t start_, count_;
+    const std::vector<Span>& spans_;
+    int64_t count_;  // tokens of all spans
     float* x_;
     Buffers* buffers_;
 };
@@ -244,9 +282,10 @@ void multiply(const Matrix& matrix, Team& team, const Inputs& inputs, float* out
 }
 
 void read_tokens(
-    const Decoder& decoder, Team& team, const Cache& cache, int64_t start, int64_t count, float* x,
-    const std::vector<int64_t>& wanted, float* states, int64_t state_stride) {
-    Pass pass(decoder, team, cache, start, count, x);
+    const Decoder& decoder, Team& team, const std::vector<Span>& spans, float* x, const std::vector<int64_t>& wanted,
+    float* states, int64_t state_stride) {
+    Pass pass(decoder, team, spans, x);
+    const int64_t count = pass.count();
     size_t next = 0;
     const auto keep = [&](int64_t layers_done) {
         for (; next < wanted.size() && wanted[next] == layers_done; ++next) {

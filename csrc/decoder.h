@@ -33,12 +33,19 @@ struct Cache {
     int64_t capacity;
 };
 
-// Reads `count` tokens whose embeddings are x [count, hidden], at the positions from `start` on, which the cache must
-// have room for. x is left as what the last layer made of them, before the final norm. states receives, one after the
-// other, what `wanted` numbers of layers (ascending, from 0) made of the tokens, at `state_stride` a token.
+// The next tokens of one sequence: its cache, the position of the first of them, and how many they are.
+struct Span {
+    Cache cache;
+    int64_t start, count;
+};
+
+// Reads the next tokens of one sequence or several, whose embeddings x [sum of counts, hidden] lie one span after the
+// other, at the positions from `start` on, for which each cache must have room. x is left as what the last layer made
+// of them, before the final norm. states receives, one after the other, what `wanted` numbers of layers (ascending,
+// from 0) made of the tokens, at `state_stride` a token.
 void read_tokens(
-    const Decoder& decoder, Team& team, const Cache& cache, int64_t start, int64_t count, float* x,
-    const std::vector<int64_t>& wanted, float* states, int64_t state_stride);
+    const Decoder& decoder, Team& team, const std::vector<Span>& spans, float* x, const std::vector<int64_t>& wanted,
+    float* states, int64_t state_stride);
 
 // out[i] = x[i] / sqrt(mean(x^2) + epsilon) * weight[i]
 void normalize(const float* x, const float* weight, int64_t size, float epsilon, float* out);

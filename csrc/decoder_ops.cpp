@@ -136,16 +136,34 @@ Dtype cache_dtype(const char* op, const Tensor& keys, const Tensor& values, cons
 }
 
 std::tuple<Tensor, Tensor> read_decoder(
-    int64_t number, Tensor x, Tensor keys, Tensor values, int64_t start, std::vector<int64_t> layers) {
+    int64_t number, Tensor x, std::vector<Tensor> keys, std::vector<Tensor> values, std::vector<int64_t> starts,
+    std::vector<int64_t> counts, std::vector<int64_t> layers) {
     const char* const op = "read_decoder";
     const auto decoder = decoders().get(op, number);
     check_shape(op, "x", x, {kAnySize, decoder->hidden});
     check_float32(op, "x", x);
-    const Cache cache{mutable_data<std::byte>(keys), mutable_data<std::byte>(values),
-                      cache_dtype(op, keys, values, *decoder), keys.size(2)};
+    if (keys.empty() || values.size() != keys.size() || starts.size() != keys.size() ||
+        counts.size() != keys.size()) {
+        refuse(op, "keys, values, starts and counts must be as many as there are sequences, one or more");
+    }
     const int64_t count = x.size(0);
-    if (start < 0 || count < 1 || start + count > cache.capacity) {
-        refuse(op, "the cache has room for ", cache.capacity, " tokens, not for ", count, " more after ", start);
+    int64_t left = count;
+    std::vector<Span> spans;
+    for (size_t i = 0; i < keys.size(); ++i) {
+        const Cache cache{mutable_data<std::byte>(keys[i]), mutable_data<std::byte>(values[i]),
+                          cache_dtype(op, keys[i], values[i], *decoder), keys[i].size(2)};
+        if (starts[i] < 0 || counts[i] < 1 || counts[i] > cache.capacity || starts[i] > cache.capacity - counts[i]) {
+            refuse(op, "the cache has room for ", cache.capacity, " tokens, not for ", counts[i], " more after ",
+                   starts[i]);
+        }
+        if (counts[i] > left) {
+            break;
+        }
+        left -= counts[i];
+        spans.push_back({cache, starts[i], counts[i]});
+    }
+    if (left != 0 || spans.size() != keys.size()) {
+        refuse(op, "counts must add up to the ", count, " rows of x");
     }
     if (!std::is_sorted(layers.begin(), layers.end())) {
         refuse(op, "layers must be ascending");
@@ -157,7 +175,7 @@ std::tuple<Tensor, Tensor> read_decoder(
     static thread_local std::vector<float> residual;
     residual.assign(data<float>(embedded), data<float>(embedded) + count * hidden);
     with_team(hidden * decoder->intermediate * static_cast<int64_t>(decoder->layers.size()), [&](Team& team) {
-        read_tokens(*decoder, team, cache, start, count, residual.data(), layers, mutable_data<float>(states), width);
+        read_tokens(*decoder, team, spans, residual.data(), layers, mutable_data<float>(states), width);
     });
     for (int64_t token = 0; token < count; ++token) {
         normalize(residual.data() + token * hidden, decoder->final_norm.data(), hidden, decoder->epsilon,
@@ -200,8 +218,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(speckv, m) {
     m.def("open_decoder(Tensor[] tensors, int heads, int groups, int head_size, float epsilon, float attention_scale,"
           " float rotary_scale) -> int");
     m.def("close_decoder(int decoder) -> ()");
-    m.def("read_decoder(int decoder, Tensor x, Tensor(a!) keys, Tensor(b!) values, int start, int[] layers)"
-          " -> (Tensor last, Tensor states)");
+    m.def("read_decoder(int decoder, Tensor x, Tensor(a!)[] keys, Tensor(b!)[] values, int[] starts, int[] counts,"
+          " int[] layers) -> (Tensor last, Tensor states)");
     m.def("open_matrix(Tensor weight, Tensor scale, Tensor bias, Tensor table) -> int");
     m.def("close_matrix(int matrix) -> ()");
     m.def("multiply_matrix(int matrix, Tensor x) -> Tensor");

@@ -113,8 +113,25 @@ class DecoderStack:
     def open(self):
         return StackSession(self)
 
-    def read(self, x, keys, values, start, layers):
-        return torch.ops.speckv.read_decoder(self._number, x, keys, values, start, layers)
+    def read(self, parts, layers=()):
+        """Read the next tokens of several sequences in one pass.
+
+        parts are pairs of a StackSession of this stack and the embeddings x [m, H] f32 of its next tokens, MOST_ROWS
+        in all at the most. Returns the last hidden states [sum of m, H], final norm included, and those after `layers`
+        layers (ascending; 0 is x) joined, [sum of m, len(layers)·H]. What a sequence gets does not depend on the
+        others, to the last bit.
+        """
+        sessions, embedded = zip(*parts, strict=True)
+        counts = [x.shape[0] for x in embedded]
+        for session, count in zip(sessions, counts, strict=True):
+            session.make_room(count)
+        read = torch.ops.speckv.read_decoder(
+            self._number, embedded[0] if len(embedded) == 1 else torch.cat(embedded),
+            [session.keys for session in sessions], [session.values for session in sessions],
+            [session.length for session in sessions], counts, list(layers))
+        for session, count in zip(sessions, counts, strict=True):
+            session.length += count
+        return read
 
 
 class StackSession:
@@ -123,39 +140,34 @@ class StackSession:
     def __init__(self, stack):
         self._stack = stack
         self.length = 0  # tokens in the cache
-        self._keys = self._values = torch.empty(stack.num_layers, stack.groups, 0, stack.head_size,
-                                                dtype=stack.cache_dtype)
+        self.keys = self.values = torch.empty(stack.num_layers, stack.groups, 0, stack.head_size,
+                                              dtype=stack.cache_dtype)
 
     def read(self, x, layers=()):
-        """Read the next tokens, of embeddings x [m, H] f32.
-
-        Returns the last hidden states [m, H], final norm included, and those after `layers` layers (ascending; 0 is
-        x) joined, [m, len(layers)·H].
-        """
-        self._make_room(self.length + x.shape[0])
-        parts = []
-        for part in x.split(MOST_ROWS):
-            parts.append(self._stack.read(part, self._keys, self._values, self.length, list(layers)))
-            self.length += part.shape[0]
+        """Read the next tokens, of embeddings x [m, H] f32, any number of them; returns what DecoderStack.read does."""
+        self.make_room(x.shape[0])
+        parts = [self._stack.read([(self, part)], layers) for part in x.split(MOST_ROWS)]
         return parts[0] if len(parts) == 1 else tuple(torch.cat(some) for some in zip(*parts, strict=True))
 
     def fill(self, cache) -> None:
         """Take over what the model in PyTorch has read of the sequence into a DynamicCache."""
-        self._make_room(cache.get_seq_length())
+        self.rollback(0)
+        self.make_room(cache.get_seq_length())
         self.length = cache.get_seq_length()
         for i, layer in enumerate(cache.layers):
-            self._keys[i, :, :self.length] = layer.keys[0]
-            self._values[i, :, :self.length] = layer.values[0]
+            self.keys[i, :, :self.length] = layer.keys[0]
+            self.values[i, :, :self.length] = layer.values[0]
 
     def rollback(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
         self.length = min(self.length, length)
 
-    def _make_room(self, length):
-        have = self._keys.shape[2]
+    def make_room(self, count):
+        """For so many tokens more."""
+        length, have = self.length + count, self.keys.shape[2]
         if length > have:
-            self._keys, self._values = (pad(old, (0, 0, 0, max(length + ROOM, 2 * have) - have))
-                                        for old in (self._keys, self._values))
+            self.keys, self.values = (pad(old, (0, 0, 0, max(length + ROOM, 2 * have) - have))
+                                      for old in (self.keys, self.values))
 
 
 def _parts(module):

@@ -59,13 +59,35 @@ class FastModel:
         new = ids[:, self.length:]
         if self.length == 0 and new.shape[1] > MOST_ROWS and not self._target.stack.is_quantized:
             return self._read_prompt(new, keep, layers)
-        inner = sorted({layer for layer in layers if layer >= 0})
-        last, states = self._session.read(self._target.embedding(new[0]).float(), inner)
+        last, states = self._session.read(self._target.embedding(new[0]).float(), _inner(layers))
         logits = self._target.head(last[-keep:]).unsqueeze(0)
-        if not layers:
-            return logits, None
-        by_layer = dict(zip(inner, states.split(last.shape[1], dim=1), strict=True)) | {-1: last}
-        return logits, torch.cat([by_layer[layer] for layer in layers], dim=-1).unsqueeze(0)
+        return logits, _joined(last, states, layers).unsqueeze(0) if layers else None
+
+    @classmethod
+    def read_together(cls, requests, layers: tuple = ()):
+        """Read several sequences of one target in as few passes as their tokens need.
+
+        requests are (FastModel, ids, keep); returns what `read` returns for each, to the last bit.
+        """
+        results = []
+        for group in _groups(requests):
+            if len(group) == 1:
+                (model, ids, keep), = group
+                results.append(model.read(ids, keep, layers))
+                continue
+            target = group[0][0]._target
+            new = [ids[0, model.length:] for model, ids, _ in group]
+            embedded = target.embedding(torch.cat(new)).float().split([len(ids) for ids in new])
+            last, states = target.stack.read(
+                [(model._session, x) for (model, _, _), x in zip(group, embedded, strict=True)], _inner(layers))
+            hidden = _joined(last, states, layers) if layers else None
+            ends = torch.tensor([len(ids) for ids in new]).cumsum(0).tolist()
+            kept = [range(end - keep, end) for end, (_, _, keep) in zip(ends, group, strict=True)]
+            logits = target.head(last[[row for rows in kept for row in rows]]).split([len(rows) for rows in kept])
+            hidden = hidden.split([len(ids) for ids in new]) if layers else [None] * len(group)
+            results += [(mine.unsqueeze(0), None if states is None else states.unsqueeze(0))
+                        for mine, states in zip(logits, hidden, strict=True)]
+        return results
 
     def _read_prompt(self, ids, keep, layers):
         cache = DynamicCache(config=self._target.model.config)
@@ -76,6 +98,32 @@ class FastModel:
 
     def rollback(self, length: int) -> None:
         self._session.rollback(length)
+
+
+def _inner(layers):
+    """The layers that the engine is asked for, ascending; the last hidden states come by themselves."""
+    return sorted({layer for layer in layers if layer >= 0})
+
+
+def _joined(last, states, layers):
+    """The hidden states [m, len(layers)·H] in the order asked for."""
+    by_layer = dict(zip(_inner(layers), states.split(last.shape[1], dim=1), strict=True)) | {-1: last}
+    return torch.cat([by_layer[layer] for layer in layers], dim=-1)
+
+
+def _groups(requests):
+    """The requests in order, cut where the tokens to read would be more than the engine takes at once."""
+    group, rows = [], 0
+    for request in requests:
+        model, ids, _ = request
+        count = ids.shape[1] - model.length
+        if group and rows + count > MOST_ROWS:
+            yield group
+            group, rows = [], 0
+        group.append(request)
+        rows += count
+    if group:
+        yield group
 
 
 def open_target(model, fast: bool):

@@ -68,6 +68,31 @@ def test_a_token_has_the_same_logits_alone_and_among_others(family, dtype):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("layers", [(), (2, 0, -1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_sequences_read_together_have_the_bits_of_each_alone(family, dtype, layers):
+    model = tiny_model(family).to(dtype)
+    lengths, steps = [1, 5, 70, 12, 33], [(1, 3, 2, 1, 1), (2, 1, 1, 40, 30), (1, 1, 1, 1, 1)]
+    texts = [long_prompt(length + sum(step[i] for step in steps)) for i, length in enumerate(lengths)]
+    alone, together = ([FastTarget.of(model).open() for _ in texts] for _ in range(2))
+    ends = [0] * len(texts)
+    for step in (lengths, *steps):
+        ends = [end + more for end, more in zip(ends, step, strict=True)]
+        requests = [(each, ids[:, :end], min(2, end - each.length))
+                    for each, ids, end in zip(together, texts, ends, strict=True)]
+        results = type(together[0]).read_together(requests, layers)
+        for each, (_, ids, keep), (logits, hidden) in zip(alone, requests, results, strict=True):
+            expected, states = each.read(ids, keep, layers)
+            assert torch.equal(logits, expected)
+            assert hidden is states is None or torch.equal(hidden, states)
+        for each in (*alone, *together):
+            each.rollback(each.length - 1)
+        assert [each.length for each in together] == [each.length for each in alone] == [end - 1 for end in ends]
+        ends = [end - 1 for end in ends]
+
+
+@torch.inference_mode()
 def test_threads_do_not_change_a_bit():
     model = tiny_model("llama", hidden_size=512, intermediate_size=1024).bfloat16()
     ids, threads = long_prompt(30), torch.get_num_threads()
@@ -216,14 +241,25 @@ def test_parts_that_are_not_known_are_refused():
 def test_ops_refuse_what_does_not_fit():
     stack = DecoderStack(tiny_model("llama"))
     keys, values = torch.zeros(3, 2, 4, 8), torch.zeros(3, 2, 4, 8)
-    for x, start, layers, words in (
-            (torch.zeros(1, 31), 0, [], "size 32"), (torch.zeros(5, 32), 0, [], "room for 4 tokens"),
-            (torch.zeros(1, 32), -1, [], "room for 4 tokens"), (torch.zeros(1, 32), 0, [2, 1], "ascending"),
-            (torch.zeros(1, 32).double(), 0, [], "float32")):
+
+    def read(x, keys, values, starts, counts, layers=()):
+        return torch.ops.speckv.read_decoder(stack._number, x, keys, values, starts, counts, list(layers))
+    x, huge = torch.zeros(1, 32), 2**63 - 1
+    for x, starts, counts, layers, words in (
+            (torch.zeros(1, 31), [0], [1], [], "size 32"), (torch.zeros(5, 32), [0], [5], [], "room for 4 tokens"),
+            (x, [-1], [1], [], "room for 4 tokens"), (x, [huge], [1], [], "room for 4 tokens"),
+            (x, [0], [huge], [], "room for 4 tokens"), (x, [0], [0], [], "room for 4 tokens"),
+            (x, [0], [1], [2, 1], "ascending"), (x.double(), [0], [1], [], "float32"),
+            (x, [0, 0], [1, 1], [], "as many as"), (x, [], [], [], "as many as"), (x, [0], [2], [], "add up"),
+            (torch.zeros(3, 32), [0], [2], [], "add up")):
         with pytest.raises(RuntimeError, match=words):
-            stack.read(x, keys, values, start, layers)
+            read(x, [keys], [values], starts, counts, layers)
+    with pytest.raises(RuntimeError, match="as many as"):
+        read(x, [], [], [], [])
+    with pytest.raises(RuntimeError, match="add up"):
+        read(x, [keys, keys], [values, values], [0, 0], [1, 1])
     with pytest.raises(RuntimeError, match="contiguous"):
-        stack.read(torch.zeros(1, 32), keys.transpose(2, 3).contiguous().transpose(2, 3), values, 0, [])
+        read(x, [keys.transpose(2, 3).contiguous().transpose(2, 3)], [values], [0], [1])
     with pytest.raises(RuntimeError, match="none of number"):
         torch.ops.speckv.multiply_matrix(10**9, torch.zeros(1, 1))
 
@@ -235,7 +271,7 @@ def test_weights_are_let_go_with_the_model():
     del target
     gc.collect()
     with pytest.raises(RuntimeError, match="none of number"):
-        torch.ops.speckv.read_decoder(decoder, torch.zeros(1, 32), torch.zeros(3, 2, 4, 8), torch.zeros(3, 2, 4, 8), 0,
-                                      [])
+        torch.ops.speckv.read_decoder(decoder, torch.zeros(1, 32), [torch.zeros(3, 2, 4, 8)],
+                                      [torch.zeros(3, 2, 4, 8)], [0], [1], [])
     with pytest.raises(RuntimeError, match="none of number"):
         torch.ops.speckv.multiply_matrix(head, torch.zeros(1, 32))
