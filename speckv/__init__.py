@@ -13,6 +13,7 @@ _HOMES = {
     "SpecOutput": "records",
     "StepRecord": "records",
     "generate": "decode",
+    "generate_batch": "batch",
     "load_drafter": "models",
     "load_target": "models",
 }

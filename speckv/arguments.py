@@ -144,7 +144,7 @@ def _warn_of_ignored_settings(target):
              if getattr(config, name, None) not in (None, neutral.get(name))] if config is not None else []
     if found:
         warnings.warn(f"speckv decodes from the target's logits alone and does not apply {', '.join(found)} of its "
-                      "generation_config: transformers' generate would", stacklevel=4)
+                      "generation_config: transformers' generate would", stacklevel=5)
 
 
 def _eos_ids(target, eos_token_id):

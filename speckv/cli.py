@@ -134,8 +134,8 @@ def distill(
         min=1, help="How many of its own tokens deep a head is trained, in the second half of the training. Deeper "
                     "makes long drafts better; a step then takes that many times as long.")] = 3,
     head_tokens: Annotated[int, typer.Option(
-        min=1, help="How many different tokens a head can draft: those that the target writes most. A draft token takes "
-                    "longer with more. A head with more that training starts from is cut.")] = 8_192,
+        min=1, help="How many different tokens a head can draft: those that the target writes most. A draft token "
+                    "takes longer with more. A head with more that training starts from is cut.")] = 8_192,
     tokens: Annotated[int | None, typer.Option(
         min=1, show_default=False, help="How much text the target writes to train on: 400,000 if not given; with "
                                         "--hours, the most it may write, 4,000,000 if not given.")] = None,

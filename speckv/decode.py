@@ -2,6 +2,7 @@
 
 import re
 import time
+from typing import NamedTuple
 
 import torch
 
@@ -36,48 +37,58 @@ def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128
     Raises InputError or ModelError before any work where an argument cannot be used, and NumericalError, with the
     step, where a model's logits are not a distribution.
     """
+    run = open_run(target, drafter, input_ids, attention_mask, max_new_tokens, policy, temperature, seed, eos_token_id,
+                   top_k, top_p, min_p, fast)
+    run.prefill()
+    while not run.finished:
+        tokens, record = run.step()
+        if on_step is not None:
+            on_step(tokens, record)
+    return run.output()
+
+
+def open_run(target, drafter, input_ids, attention_mask, max_new_tokens, policy, temperature, seed, eos_token_id, top_k,
+             top_p, min_p, fast) -> "Run":
+    """A decode that is about to begin, of arguments that are those of generate and checked as there."""
     policy = parse_policy(policy)
     check_rollback(target, "target")
     drafter = as_drafter(drafter) if drafter is not None else None
     session = open_policy(policy, getattr(target, "speckv_compression", None))
     settings = checked_settings(target, drafter, session, input_ids, attention_mask, max_new_tokens, temperature, seed,
                                 eos_token_id, top_k, top_p, min_p)
-
-    started = time.perf_counter()
-    run = _Run(target, drafter, session, settings, fast)
-    run.prefill()
-    prefilled = time.perf_counter()
-    steps = []
-    while not run.finished:
-        try:
-            tokens, record = run.step()
-        except RuntimeError as error:
-            raise _named(error, len(steps)) from error
-        steps.append(record)
-        if on_step is not None:
-            on_step(tokens, record)
-    new_ids = run.ids[:, settings.prompt.shape[1]:run.length]
-    sequences = torch.cat([input_ids.long(), new_ids.to(input_ids.device)], dim=1)
-    finished = time.perf_counter()
-    return SpecOutput(sequences, input_ids.shape[1], finished - started, prefilled - started, steps)
+    return Run(target, drafter, session, settings, input_ids, fast)
 
 
-class _Run:
+class Draft(NamedTuple):
+    """What a step proposes: tokens [1, n] i64 and the logits [1, n, V] they were drawn from, None where n is 0."""
+
+    tokens: torch.Tensor
+    logits: torch.Tensor | None
+    signals: tuple
+    promise: float | None
+    uniform: torch.Tensor  # [1, n + 1] f32, what verification draws with
+    ms: float
+
+
+class Run:
     """One sequence being decoded; `ids[:, :length]` is what stands."""
 
-    def __init__(self, target, drafter, policy, settings, fast):
+    def __init__(self, target, drafter, policy, settings, input_ids, fast):
+        self._started = time.perf_counter()
+        self._given = input_ids
+        self._steps = []
         device = target.device
-        self.length = settings.prompt.shape[1]
+        self.length = self._prompt_length = settings.prompt.shape[1]
         self.end = self.length + settings.max_new_tokens
         self.ids = torch.empty(1, self.end, dtype=torch.int64, device=device)
         self.ids[:, :self.length] = settings.prompt
         self.finished = settings.max_new_tokens == 0
         self._eos_ids = settings.eos_ids
-        self._target = open_target(target, fast)
+        self.target = open_target(target, fast)
         self._draft = drafter.open() if drafter is not None else None
         self._policy = policy
         self._own_signals = getattr(self._draft, "signals", None)
-        self._wants_hidden = drafter.wants_hidden if drafter is not None else ()
+        self.wants_hidden = drafter.wants_hidden if drafter is not None else ()
         self._temperature = torch.full((1,), settings.temperature, device=device)
         self._filters = {name: torch.tensor([value], device=device) for name, value in settings.filters.items()}
         self._random = torch.Generator()
@@ -87,48 +98,95 @@ class _Run:
     def prefill(self):
         """Read the prompt but for its last token, which the first step feeds."""
         prompt = self.ids[:, :self.length - 1]
-        if prompt.shape[1] == 0 or self.finished:
-            return
-        self._read(prompt, keep=1)
-        self._target.rollback(self.length - 1)
-        if self._draft is not None and _will_draft(self._policy):
-            getattr(self._draft, "prefill", self._draft.next_logits)(prompt)
+        if prompt.shape[1] > 0 and not self.finished:
+            _, hidden = self.target.read(prompt, 1, self.wants_hidden)
+            self._observe(hidden, 0)
+            self.target.rollback(self.length - 1)
+            if self._draft is not None and _will_draft(self._policy):
+                getattr(self._draft, "prefill", self._draft.next_logits)(prompt)
+        self._prefilled = time.perf_counter()
 
-    def _read(self, ids, keep):
-        """The target's logits [1, keep, V] after the last tokens of ids; the drafter sees the hidden states."""
-        start = self._target.length
-        logits, hidden = self._target.read(ids, keep, self._wants_hidden)
-        if self._wants_hidden:
+    def _observe(self, hidden, start):
+        """Show the drafter the target's hidden states of the positions from `start` on."""
+        if self.wants_hidden:
             self._draft.observe(hidden, start)
-        return logits
 
-    @torch.inference_mode()
     def step(self):
         """Draft, verify, commit; returns the new token ids and the step's record."""
+        draft = self.draft()
+        started = time.perf_counter()
+        logits, hidden = self.read(draft)
+        return self.commit(draft, logits, hidden, (time.perf_counter() - started) * 1e3)
+
+    @torch.inference_mode()
+    def read(self, draft):
+        """The target's logits [1, n + 1, V] after the last token that stands and after each of the draft, and the
+        hidden states that the drafter wants."""
+        return self.target.read(*self.request(draft), self.wants_hidden)
+
+    def request(self, draft):
+        """What the target is to read to verify a draft: the text with it, and after how many tokens logits are needed.
+        """
+        gamma = draft.tokens.shape[1]
+        return self.ids[:, :self.length + gamma], gamma + 1
+
+    @torch.inference_mode()
+    def draft(self) -> Draft:
+        """Propose tokens."""
+        try:
+            return self._drafted()
+        except RuntimeError as error:
+            raise self._named(error) from error
+
+    @torch.inference_mode()
+    def commit(self, draft, target_logits, hidden, read_ms):
+        """Verify a draft by what the target made of it in so many milliseconds; returns the new token ids and the
+        step's record."""
+        started = time.perf_counter()
+        self._observe(hidden, self.length - 1)
+        try:
+            emitted = self._verified(draft, target_logits)
+        except RuntimeError as error:
+            raise self._named(error) from error
+        emitted, accepted = self._keep(emitted)
+        verify_ms = read_ms + (time.perf_counter() - started) * 1e3
+        record = StepRecord(draft.tokens.shape[1], accepted, len(emitted), draft.ms, verify_ms, draft.signals,
+                            draft.promise)
+        self._policy.record(record)
+        self._steps.append(record)
+        if self.finished:
+            self._finished = time.perf_counter()
+        return emitted, record
+
+    def output(self) -> SpecOutput:
+        """The text so far and how it came about."""
+        new_ids = self.ids[:, self._prompt_length:self.length]
+        sequences = torch.cat([self._given.long(), new_ids.to(self._given.device)], dim=1)
+        finished = self._finished if self._steps and self.finished else time.perf_counter()
+        return SpecOutput(sequences, self._given.shape[1], finished - self._started, self._prefilled - self._started,
+                          self._steps)
+
+    def _drafted(self):
         started = time.perf_counter()
         # The target adds a token of its own, so one less than what is missing is worth drafting.
         gamma = min(checked_gamma(self._policy, self._draft), self.end - self.length - 1)
         # Fresh numbers for every step: reusing those of a rejected draft would tie the policy's choices to them.
         uniform = torch.rand(1, 2 * gamma + 1, generator=self._random).to(self.ids.device, non_blocking=True)
-        draft_tokens, draft_logits, signals = self._draft_tokens(gamma, uniform[:, gamma + 1:])
-        gamma = draft_tokens.shape[1]
+        tokens, logits, signals = self._draft_tokens(gamma, uniform[:, gamma + 1:])
+        gamma = tokens.shape[1]
         promise = self._policy.promise(gamma) if gamma else None
-        drafted = time.perf_counter()
+        return Draft(tokens, logits, signals, promise, uniform[:, :gamma + 1], (time.perf_counter() - started) * 1e3)
 
-        target_logits = self._read(self.ids[:, :self.length + gamma], keep=gamma + 1)
-        if draft_logits is None:
-            draft_logits = target_logits[:, :0]
-        tokens, _ = verify_chain(target_logits, draft_logits, draft_tokens, draft_tokens.new_full((1,), gamma),
-                                 self._temperature, uniform[:, :gamma + 1], **self._filters)
+    def _verified(self, draft, target_logits):
+        """The tokens that the step emits: those of the draft that are accepted, and one of the target's own."""
+        draft_logits = target_logits[:, :0] if draft.logits is None else draft.logits
+        gamma = draft.tokens.new_full((1,), draft.tokens.shape[1])
+        tokens, _ = verify_chain(target_logits, draft_logits, draft.tokens, gamma, self._temperature, draft.uniform,
+                                 **self._filters)
         emitted = [token for token in tokens[0].tolist() if token >= 0]
         if not emitted:
             raise NumericalError("verify_chain: row 0: the logits are not a distribution (NaN, +inf, or all -inf)")
-        emitted, accepted = self._commit(emitted)
-        verified = time.perf_counter()
-        record = StepRecord(gamma, accepted, len(emitted), (drafted - started) * 1e3, (verified - drafted) * 1e3,
-                            signals, promise)
-        self._policy.record(record)
-        return emitted, record
+        return emitted
 
     def _draft_tokens(self, gamma, uniform):
         """Draw up to gamma tokens into ids; returns them [1, n], their logits [1, n, V], and their signals."""
@@ -153,7 +211,7 @@ class _Run:
             return self.ids[:, :0], None, ()
         return torch.stack(tokens, dim=1), torch.stack(logits, dim=1), read_signals(signals)
 
-    def _commit(self, emitted):
+    def _keep(self, emitted):
         """Keep the emitted tokens up to the first that ends the sequence; returns them and how many were drafted."""
         accepted = len(emitted) - 1
         end = next((i + 1 for i, token in enumerate(emitted) if token in self._eos_ids), None)
@@ -162,19 +220,18 @@ class _Run:
         self.ids[0, start:self.length] = torch.tensor(emitted)
         self.finished = end is not None or self.length == self.end
         # The last token emitted has not been fed to either model.
-        self._target.rollback(self.length - 1)
+        self.target.rollback(self.length - 1)
         if self._draft is not None:
             self._draft.rollback(self.length - 1)
         return emitted, min(accepted, len(emitted))
+
+    def _named(self, error):
+        """An op's complaint about logits with the step it came in; anything else as it is."""
+        if isinstance(error, NumericalError) or re.match(r"(draft_sample|verify_chain): row \d+", str(error)):
+            return NumericalError(f"step {len(self._steps)}: {error}")
+        return error
 
 
 def _will_draft(policy):
     # A policy of the user's own may know nothing but max_draft.
     return policy.will_draft() if hasattr(policy, "will_draft") else policy.max_draft() > 0
-
-
-def _named(error, step):
-    """An op's complaint about logits with the step it came in; anything else as it is."""
-    if isinstance(error, NumericalError) or re.match(r"(draft_sample|verify_chain): row \d+", str(error)):
-        return NumericalError(f"step {step}: {error}")
-    return error

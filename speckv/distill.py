@@ -38,9 +38,10 @@ def distill(target, tokenizer, folder, work_folder, settings: DistillSettings, t
     run started again on it goes on where it stopped, or with resume=False trains anew on the same text. start_from is
     the folder of a drafter of the same kind to train further, or "smollm2" for the shipped one; else training starts
     from the target's first layers. A head may have fewer layers than asked for: it is given more, see head.grow; and
-    more tokens that it can draft: they become those most frequent in the text. Beside the drafter lie a README, history.json with the figures of every evaluation, and at the end, with matplotlib,
-    training.png. Raises ModelError for a target that cannot be pruned, and where work_folder belongs to another run;
-    InputError where the disk has no room for the text.
+    more tokens that it can draft: they become those most frequent in the text. Beside the drafter lie a README,
+    history.json with the figures of every evaluation, and at the end, with matplotlib, training.png. Raises ModelError
+    for a target that cannot be pruned, and where work_folder belongs to another run; InputError where the disk has no
+    room for the text.
     """
     folder, work_folder = Path(folder), Path(work_folder)
     start = None

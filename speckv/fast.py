@@ -133,5 +133,5 @@ def open_target(model, fast: bool):
     try:
         return FastTarget.of(model).open()
     except ModelError as error:
-        warnings.warn(f"{error}; it is decoded in PyTorch", stacklevel=3)
+        warnings.warn(f"{error}; it is decoded in PyTorch", stacklevel=5)
         return CachedModel(model)

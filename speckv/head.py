@@ -91,7 +91,8 @@ class FeatureHead(nn.Module):
         """The head's last hidden states [B, n, H], from what the positions before bring [B, n, H], and ids [B, n]."""
         embeddings = self.decoder.get_input_embeddings()(ids)
         joined = before + linear(embeddings, self.combine_halves()[1])
-        return self.decoder.base_model(inputs_embeds=joined, **cached(self.decoder.base_model, cache), **settings).last_hidden_state
+        layers = self.decoder.base_model
+        return layers(inputs_embeds=joined, **cached(layers, cache), **settings).last_hidden_state
 
     def logits(self, hidden):
         """Logits [..., S] over token_ids."""

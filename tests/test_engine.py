@@ -244,22 +244,22 @@ def test_ops_refuse_what_does_not_fit():
 
     def read(x, keys, values, starts, counts, layers=()):
         return torch.ops.speckv.read_decoder(stack._number, x, keys, values, starts, counts, list(layers))
-    x, huge = torch.zeros(1, 32), 2**63 - 1
-    for x, starts, counts, layers, words in (
+    one, huge = torch.zeros(1, 32), 2**63 - 1
+    for given, starts, counts, layers, words in (
             (torch.zeros(1, 31), [0], [1], [], "size 32"), (torch.zeros(5, 32), [0], [5], [], "room for 4 tokens"),
-            (x, [-1], [1], [], "room for 4 tokens"), (x, [huge], [1], [], "room for 4 tokens"),
-            (x, [0], [huge], [], "room for 4 tokens"), (x, [0], [0], [], "room for 4 tokens"),
-            (x, [0], [1], [2, 1], "ascending"), (x.double(), [0], [1], [], "float32"),
-            (x, [0, 0], [1, 1], [], "as many as"), (x, [], [], [], "as many as"), (x, [0], [2], [], "add up"),
+            (one, [-1], [1], [], "room for 4 tokens"), (one, [huge], [1], [], "room for 4 tokens"),
+            (one, [0], [huge], [], "room for 4 tokens"), (one, [0], [0], [], "room for 4 tokens"),
+            (one, [0], [1], [2, 1], "ascending"), (one.double(), [0], [1], [], "float32"),
+            (one, [0, 0], [1, 1], [], "as many as"), (one, [], [], [], "as many as"), (one, [0], [2], [], "add up"),
             (torch.zeros(3, 32), [0], [2], [], "add up")):
         with pytest.raises(RuntimeError, match=words):
-            read(x, [keys], [values], starts, counts, layers)
+            read(given, [keys], [values], starts, counts, layers)
     with pytest.raises(RuntimeError, match="as many as"):
-        read(x, [], [], [], [])
+        read(one, [], [], [], [])
     with pytest.raises(RuntimeError, match="add up"):
-        read(x, [keys, keys], [values, values], [0, 0], [1, 1])
+        read(one, [keys, keys], [values, values], [0, 0], [1, 1])
     with pytest.raises(RuntimeError, match="contiguous"):
-        read(x, [keys.transpose(2, 3).contiguous().transpose(2, 3)], [values], [0], [1])
+        read(one, [keys.transpose(2, 3).contiguous().transpose(2, 3)], [values], [0], [1])
     with pytest.raises(RuntimeError, match="none of number"):
         torch.ops.speckv.multiply_matrix(10**9, torch.zeros(1, 1))
 

@@ -1,0 +1,88 @@
+"""Tokens a second of batches: python bench/batch.py
+
+The same prompts, of mixed lengths, in batches of several sizes; greedy, prompts included. transformers' generate pads
+them on the left. Keeps everything in bench/results/batch.json.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import speckv
+from speckv.files import write_json
+from speckv.prompts import PROMPTS
+from speckv.terminal import encode_prompt
+
+RESULTS = Path(__file__).parent / "results" / "batch.json"
+
+
+def padded(prompts):
+    """input_ids [B, n] and attention_mask [B, n], padded on the left."""
+    length = max(ids.shape[1] for ids in prompts)
+    rows = [torch.nn.functional.pad(torch.stack([ids[0], torch.ones_like(ids[0])]), (length - ids.shape[1], 0))
+            for ids in prompts]
+    return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+
+
+def ways(target, drafter, tokens):
+    """{name: a function that decodes a list of prompts}."""
+    def transformers(prompts):
+        ids, mask = padded(prompts)
+        target.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, eos_token_id=-1,
+                        pad_token_id=0)
+
+    def ours(policy, with_drafter):
+        def run(prompts):
+            speckv.generate_batch(target, with_drafter, [{"input_ids": ids} for ids in prompts], policy=policy,
+                                  fast=True, max_new_tokens=tokens, eos_token_id=[])
+        return run
+    return {"transformers generate": transformers, "speckv --fast, plain": ours("off", None),
+            "speckv --fast, fixed:1": ours("fixed:1", drafter), "speckv --fast, adaptive": ours("adaptive", drafter)}
+
+
+def measure(compression, sizes, tokens, repeats):
+    """{way: {batch size: its tokens a second, of the median run}}."""
+    target, tokenizer = speckv.load_target("smollm2", compression)
+    # One of each task in turn, so that every batch is mixed.
+    texts = [text for texts in zip(*PROMPTS.values(), strict=False) for text in texts][:max(sizes)]
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    runs = ways(target, speckv.load_drafter("lookup+smollm2", target), tokens)
+    seconds = {name: {size: [] for size in sizes} for name in runs}
+    for repeat in range(repeats + 1):  # the first warms up
+        for size in sizes:
+            for name, run in runs.items():
+                started = time.perf_counter()
+                run(prompts[:size])
+                if repeat:
+                    seconds[name][size].append(time.perf_counter() - started)
+    return {name: {size: size * tokens / median(some) for size, some in each.items()} for name, each in seconds.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compressions", default="bf16,nf4")
+    parser.add_argument("--sizes", default="1,4,8,16")
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    sizes = [int(size) for size in arguments.sizes.split(",")]
+    console, result = Console(highlight=False), {"threads": arguments.threads, "tokens": arguments.tokens}
+    for compression in arguments.compressions.split(","):
+        result[compression] = measure(compression, sizes, arguments.tokens, arguments.repeats)
+        table = Table("tokens/s in batches of", *map(str, sizes),
+                      title=f"{compression}: {arguments.tokens} tokens each, {arguments.threads} threads")
+        for name, row in result[compression].items():
+            table.add_row(name, *(f"{row[size]:.0f}" for size in sizes))
+        console.print(table)
+        write_json(RESULTS, result)
+
+
+if __name__ == "__main__":
+    main()

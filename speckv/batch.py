@@ -1,0 +1,110 @@
+"""Several texts at a time: each as it would be alone, with several to a pass of the target."""
+
+import time
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from speckv.decode import open_run
+from speckv.errors import InputError, NumericalError
+from speckv.fast import FastModel
+from speckv.records import SpecOutput
+
+# What concerns one text, by its default.
+_OF_A_TEXT = {"attention_mask": None, "max_new_tokens": 128, "temperature": 0.0, "seed": None, "eos_token_id": None,
+              "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+def generate_batch(target, drafter, requests, policy="adaptive", fast=False, on_step=None,
+                   **shared) -> list[SpecOutput]:
+    """Decode several texts; returns their outputs in the order of the requests.
+
+    requests is a list of mappings, each with the input_ids [1, n] of a text and any of attention_mask, max_new_tokens,
+    temperature, seed, eos_token_id, top_k, top_p and min_p, which mean what they mean to speckv.generate; `shared` are
+    those of all texts that do not say otherwise. Or it is a tensor [B, n] i64, padded where an attention_mask [B, n]
+    given beside it is 0. Prompts and texts may be of any length: each text has its own draft length at every step, its
+    own acceptance and its own end, after which it costs nothing. A policy given by name is opened for each text anew; a
+    Policy object serves all. on_step(index, tokens, record) is called after every step of every text.
+
+    What a text says does not depend on the others. With fast the target reads all of them in one pass, which takes
+    little longer than a pass over one text, and every token has the same bits as alone; a target that the engine cannot
+    read is run for one text after the other, which saves no time. A step's verify_ms is its share, by tokens, of the
+    pass it was verified in.
+
+    Raises what speckv.generate raises, with the number of the request, before any work where an argument cannot be
+    used.
+    """
+    runs = []
+    for index, request in enumerate(_requests(requests, shared)):
+        try:
+            runs.append(open_run(target, drafter, policy=policy, fast=fast, **request))
+        except InputError as error:
+            raise InputError(f"request {index}: {error}") from error
+    for run in runs:
+        run.prefill()
+    active = {index: run for index, run in enumerate(runs) if not run.finished}
+    while active:
+        for index, (tokens, record) in _step(active).items():
+            if on_step is not None:
+                on_step(index, tokens, record)
+        active = {index: run for index, run in active.items() if not run.finished}
+    return [run.output() for run in runs]
+
+
+def _step(runs):
+    """A step of each run, by its index: all drafts, one pass of the target, all verdicts."""
+    drafts = {index: _named(index, run.draft) for index, run in runs.items()}
+    started = time.perf_counter()
+    read = _read(runs, drafts)
+    read_ms = (time.perf_counter() - started) * 1e3
+    rows = {index: draft.tokens.shape[1] + 1 for index, draft in drafts.items()}
+    of_a_row = read_ms / sum(rows.values())
+    return {index: _named(index, run.commit, drafts[index], *read[index], rows[index] * of_a_row)
+            for index, run in runs.items()}
+
+
+@torch.inference_mode()
+def _read(runs, drafts):
+    """What each run's target makes of its draft."""
+    if not all(isinstance(run.target, FastModel) for run in runs.values()):
+        return {index: run.read(drafts[index]) for index, run in runs.items()}
+    requests = [(run.target, *run.request(drafts[index])) for index, run in runs.items()]
+    wanted = next(iter(runs.values())).wants_hidden  # of the one drafter that all share
+    return dict(zip(runs, FastModel.read_together(requests, wanted), strict=True))
+
+
+def _named(index, call, *arguments):
+    try:
+        return call(*arguments)
+    except NumericalError as error:
+        raise NumericalError(f"request {index}: {error}") from error
+
+
+def _requests(requests, shared):
+    """All arguments of each text, those of a padded tensor as one request a row."""
+    _check_names(shared, "generate_batch")
+    if isinstance(requests, torch.Tensor):
+        mask = shared.pop("attention_mask", None)
+        if requests.dim() != 2:
+            raise InputError(f"input_ids has shape {list(requests.shape)}: it must be [B, n]")
+        if mask is not None and getattr(mask, "shape", None) != requests.shape:
+            raise InputError(f"attention_mask has shape {list(getattr(mask, 'shape', []))}, input_ids "
+                             f"{list(requests.shape)}: they must be the same")
+        masks = [None] * len(requests) if mask is None else mask.split(1)
+        requests = [{"input_ids": ids, "attention_mask": mask}
+                    for ids, mask in zip(requests.split(1), masks, strict=True)]
+    if not isinstance(requests, Iterable) or isinstance(requests, Mapping | str):
+        raise InputError(f"requests is a {type(requests).__name__}: it must be a list of mappings, or a tensor [B, n] "
+                         "of token ids")
+    for index, request in enumerate(requests):
+        if not isinstance(request, Mapping) or "input_ids" not in request:
+            raise InputError(f"request {index} must be a mapping with at least 'input_ids'")
+        _check_names(request.keys() - {"input_ids"}, f"request {index}")
+        yield _OF_A_TEXT | shared | dict(request)
+
+
+def _check_names(names, whose):
+    unknown = sorted(set(names) - _OF_A_TEXT.keys())
+    if unknown:
+        raise InputError(f"{whose} has {', '.join(map(repr, unknown))}: what a text may be given is input_ids, "
+                         f"{', '.join(_OF_A_TEXT)}")

@@ -1,0 +1,130 @@
+"""Texts decoded together are those that each is alone."""
+
+import pytest
+import torch
+from test_head import tiny_head
+from tiny_models import prompt_ids, tiny_model
+
+import speckv
+from speckv import InputError, NumericalError
+from speckv.kernels import serving
+from speckv.lookup import LookupDrafter
+from speckv.policy import Fixed
+
+LENGTHS = (1, 17, 4, 70, 9, 30, 2, 12)
+needs_engine = pytest.mark.skipif(serving()["cpu"][0] != "cpu", reason="needs the C++ kernels")
+ways = pytest.mark.parametrize("fast", [False, pytest.param(True, marks=needs_engine)], ids=["PyTorch", "fast"])
+
+
+def mixed_requests():
+    """Eight prompts of other lengths, with other settings, which end at other times."""
+    settings = [{}, {"temperature": 0.8, "seed": 3}, {"max_new_tokens": 5}, {"temperature": 1.5, "seed": 4, "top_k": 9},
+                {"eos_token_id": list(range(40))}, {"max_new_tokens": 0}, {"temperature": 0.7, "seed": 5, "top_p": 0.8},
+                {"max_new_tokens": 1}]
+    return [{"input_ids": prompt_ids(length, seed=length)} | more
+            for length, more in zip(LENGTHS, settings, strict=True)]
+
+
+DRAFTERS = {"none": (lambda target: None, "off"), "model": (lambda target: tiny_model(seed=1), "fixed:3"),
+            "head": (tiny_head, "fixed:2"),
+            "lookup": (lambda target: LookupDrafter(target.config.vocab_size), "fixed:4")}
+
+
+@ways
+@pytest.mark.parametrize("draft", DRAFTERS)
+def test_a_batch_of_eight_equals_eight_single_runs(draft, fast):
+    target = tiny_model()
+    make, policy = DRAFTERS[draft]
+    drafter, requests = make(target), mixed_requests()
+    together = speckv.generate_batch(target, drafter, requests, policy=policy, fast=fast, max_new_tokens=30)
+    for request, output in zip(requests, together, strict=True):
+        alone = speckv.generate(target, drafter, policy=policy, fast=fast, **{"max_new_tokens": 30} | request)
+        assert torch.equal(output.sequences, alone.sequences)
+        assert [(step.gamma, step.accepted, step.tokens) for step in output.steps] == [
+            (step.gamma, step.accepted, step.tokens) for step in alone.steps]
+        assert output.new_tokens == alone.new_tokens and output.prompt_length == request["input_ids"].shape[1]
+
+
+@needs_engine
+@pytest.mark.parametrize("policy", ["fixed:2", "adaptive"])
+def test_in_bf16_too_the_others_do_not_change_a_text(policy):
+    target = tiny_model().bfloat16()
+    drafter, prompts = tiny_head(target), [prompt_ids(length, seed=length) for length in LENGTHS]
+    together = speckv.generate_batch(target, drafter, [{"input_ids": ids} for ids in prompts], policy=policy, fast=True,
+                                     max_new_tokens=40, eos_token_id=[])
+    for ids, output in zip(prompts, together, strict=True):
+        plain = speckv.generate(target, None, ids, policy="off", fast=True, max_new_tokens=40, eos_token_id=[])
+        assert torch.equal(output.sequences, plain.sequences)
+
+
+@needs_engine
+def test_all_texts_are_read_in_one_pass(monkeypatch):
+    from speckv.engine import DecoderStack
+    target, widths = tiny_model(), []
+    read = DecoderStack.read
+
+    def counted(self, parts, layers=()):
+        widths.append(len(parts))
+        return read(self, parts, layers)
+    monkeypatch.setattr(DecoderStack, "read", counted)
+    requests = [{"input_ids": prompt_ids(1), "max_new_tokens": count} for count in (2, 4, 6)]
+    speckv.generate_batch(target, None, requests, policy="off", fast=True, eos_token_id=[])
+    assert widths == [3, 3, 2, 2, 1, 1], "a text that has ended is read no more"
+
+
+@ways
+def test_padded_rows_are_the_texts_without_their_padding(fast):
+    target = tiny_model()
+    lengths = (3, 8, 5)
+    ids, mask = torch.zeros(3, 8, dtype=torch.int64), torch.zeros(3, 8, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        ids[row, 8 - length:] = prompt_ids(length, seed=length)
+        mask[row, 8 - length:] = 1
+    outputs = speckv.generate_batch(target, None, ids, policy="off", attention_mask=mask, max_new_tokens=9, fast=fast,
+                                    eos_token_id=[])
+    for row, length in enumerate(lengths):
+        alone = speckv.generate(target, None, prompt_ids(length, seed=length), policy="off", max_new_tokens=9,
+                                eos_token_id=[], fast=fast)
+        assert torch.equal(outputs[row].sequences[:, 8:], alone.sequences[:, length:])
+
+
+def test_every_step_is_told_with_the_text_it_belongs_to():
+    target, told = tiny_model(), {0: [], 1: []}
+    requests = [{"input_ids": prompt_ids(length)} for length in (4, 7)]
+    outputs = speckv.generate_batch(target, tiny_model(seed=1), requests, policy=Fixed(2), max_new_tokens=12,
+                                    on_step=lambda index, tokens, record: told[index].append((tokens, record)))
+    for index, output in enumerate(outputs):
+        written = [token for tokens, _ in told[index] for token in tokens]
+        assert written == output.sequences[0, -output.new_tokens:].tolist()
+        assert [record for _, record in told[index]] == output.steps
+        assert 0 < output.prefill_seconds <= output.seconds
+
+
+def test_no_requests_are_no_outputs():
+    assert speckv.generate_batch(tiny_model(), None, [], policy="off") == []
+
+
+@pytest.mark.parametrize("requests, shared, words", [
+    ([{"input_ids": prompt_ids()}, {"input_ids": prompt_ids() - 10**6}], {}, "request 1: input_ids holds -"),
+    ([{"input_ids": prompt_ids(), "beam": 3}], {}, "request 0 has 'beam'"),
+    ([{"temperature": 1}], {}, "request 0 must be a mapping"),
+    ([prompt_ids()], {}, "request 0 must be a mapping"),
+    ({"input_ids": prompt_ids()}, {}, "requests is a dict"),
+    (7, {}, "requests is a int"),
+    ([], {"beam": 3}, "generate_batch has 'beam'"),
+    (torch.zeros(3, dtype=torch.int64), {}, r"input_ids has shape \[3\]"),
+    (torch.ones(2, 3, dtype=torch.int64), {"attention_mask": torch.ones(1, 3)}, "attention_mask has shape"),
+    (torch.ones(2, 3, dtype=torch.int64), {"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "request 1: "),
+])
+def test_what_cannot_be_decoded_is_named(requests, shared, words):
+    with pytest.raises(InputError, match=words):
+        speckv.generate_batch(tiny_model(), None, requests, policy="off", **{"max_new_tokens": 8} | shared)
+
+
+def test_a_text_that_fails_is_named():
+    target = tiny_model()
+    with torch.no_grad():
+        target.get_input_embeddings().weight[90] = float("nan")
+    requests = [{"input_ids": prompt_ids(4) % 80 + 2}, {"input_ids": torch.tensor([[3, 90, 5]])}]
+    with pytest.raises(NumericalError, match="request 1: step 0: verify_chain"):
+        speckv.generate_batch(target, None, requests, policy="off", max_new_tokens=4)
