@@ -165,12 +165,13 @@ class _Row:
 
     def process(self, ids, scores):
         """For speckv.generate: the processed scores [1, V] behind ids [1, n]."""
+        device, scores = scores.device, scores.to(self._padding.device)  # where transformers has made the processors
         kept = {"logits": scores}
         scores = process(self._processors, self._shown(ids), scores.repeat(self._batch, 1))
         kept["scores"] = scores = scores[self._index:self._index + 1]
         for name in self._wants:
             self._kept[name][ids.shape[1]] = kept[name]
-        return scores
+        return scores.to(device)
 
     def ends(self, ids, _):
         """For speckv.generate: whether one of the criteria ends the text ids [1, n]."""
@@ -186,7 +187,7 @@ class _Row:
         return kept[start + i] if i < length else torch.zeros_like(kept[start])
 
     def _shown(self, ids):
-        return torch.cat([self._padding.to(ids.device), ids], dim=1).repeat(self._batch, 1)
+        return torch.cat([self._padding, ids.to(self._padding.device)], dim=1).repeat(self._batch, 1)
 
 
 def _call_of_generate() -> dict:
