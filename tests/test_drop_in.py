@@ -276,15 +276,15 @@ def test_only_what_is_asked_for_is_returned(pair, wanted):
 def test_a_batch_is_that_of_transformers_and_each_row_that_of_its_own_call(pair, settings):
     ids, mask = padded_batch([6, 2, 9, 1])
     eos = early_end(pair[0], ids, 1, attention_mask=mask, **settings)
-    settings = settings | {"eos_token_id": eos, "max_new_tokens": 16}
+    settings = settings | {"eos_token_id": eos, "max_new_tokens": 16, "pad_token_id": 96}
     expected = write(pair[0], ids, attention_mask=mask, **settings)
-    assert (expected[1, 9:] == 0).any(), "a row is filled up"
+    assert (expected[1, 9:] == 96).sum() > 1, "a row is filled up"
     batch = speculate(pair, ids, attention_mask=mask, **settings)
     assert torch.equal(batch, expected)
     for i, length in enumerate([6, 2, 9, 1]):
         alone = speculate(pair, ids[i:i + 1, -length:], **settings)[0, length:]
         assert torch.equal(batch[i, 9:9 + len(alone)], alone)
-        assert (batch[i, 9 + len(alone):] == 0).all()
+        assert (batch[i, 9 + len(alone):] == 96).all()
 
 
 def test_scores_of_a_batch_are_0_behind_a_row(pair):

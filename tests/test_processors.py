@@ -21,7 +21,8 @@ def pair():
     return target, noisy_copy(target)
 
 
-def test_each_row_is_processed_with_the_tokens_before_it():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_each_row_is_processed_with_the_tokens_before_it(dtype):
     seen = []
 
     def mark(ids, scores):
@@ -29,7 +30,7 @@ def test_each_row_is_processed_with_the_tokens_before_it():
         assert scores.shape == (1, 6) and scores.dtype == torch.float32
         scores[0, 0] = ids.sum()
         return scores
-    logits = torch.zeros(1, 3, 6, dtype=torch.bfloat16)
+    logits = torch.zeros(1, 3, 6, dtype=dtype)
     rows = processors.process_rows([mark], IDS, logits)
     assert seen == [[3, 1, 4], [3, 1, 4, 1], [3, 1, 4, 1, 5]]
     assert rows[0, :, 0].tolist() == [8, 9, 14]
