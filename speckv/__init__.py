@@ -12,6 +12,7 @@ _HOMES = {
     "SpecKVError": "errors",
     "SpecOutput": "records",
     "StepRecord": "records",
+    "custom_generate": "drop_in",
     "generate": "decode",
     "generate_batch": "batch",
     "load_drafter": "models",

@@ -11,8 +11,10 @@ import torch
 
 from speckv.cache import context_limit, rope_switch, vocabulary_size
 from speckv.errors import InputError, ModelError
+from speckv.processors import checked_callables
 
-# Settings of a generation_config that change what plain decoding would write. They are not applied here.
+# Settings of a generation_config that change what plain decoding would write. Alone, speckv.generate does not apply
+# them; speckv.custom_generate does.
 IGNORED_SETTINGS = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens",
                     "begin_suppress_tokens", "min_length", "min_new_tokens", "sequence_bias", "forced_bos_token_id",
                     "forced_eos_token_id", "exponential_decay_length_penalty")
@@ -28,23 +30,24 @@ class Settings:
     seed: int | None
     eos_ids: frozenset
     filters: dict  # those of top_k, top_p and min_p that are on
+    processors: tuple  # see speckv.processors
+    criteria: tuple
 
 
 def checked_settings(target, drafter, policy, input_ids, attention_mask, max_new_tokens, temperature, seed,
-                     eos_token_id, top_k, top_p, min_p) -> Settings:
+                     eos_token_id, top_k, top_p, min_p, logits_processor, stopping_criteria) -> Settings:
     """Settings from the arguments of speckv.generate; raises InputError or ModelError, naming what is wrong."""
     prompt = _prompt(input_ids, attention_mask, vocabulary_size(target))
     max_new_tokens = _integer("max_new_tokens", max_new_tokens)
     if max_new_tokens < 0:
         raise InputError(f"max_new_tokens is {max_new_tokens}: it must be 0 or more")
-    if seed is not None:
-        seed = _integer("seed", seed)
-        if not -2 ** 63 <= seed < 2 ** 64:
-            raise InputError(f"seed is {seed}: it must fit in 64 bits")
+    seed = checked_seed(seed)
     _check_pair(target, drafter, checked_gamma(policy, drafter), prompt.shape[1], max_new_tokens)
-    _warn_of_ignored_settings(target)
+    if logits_processor is None:  # who gives a list, if an empty one, has seen to the generation_config
+        _warn_of_ignored_settings(target)
     return Settings(prompt, max_new_tokens, _temperature(temperature), seed, _eos_ids(target, eos_token_id),
-                    _filters(top_k, top_p, min_p))
+                    _filters(top_k, top_p, min_p), checked_callables("logits_processor", logits_processor),
+                    checked_callables("stopping_criteria", stopping_criteria))
 
 
 def checked_gamma(policy, drafter) -> int:
@@ -55,6 +58,16 @@ def checked_gamma(policy, drafter) -> int:
     if gamma > 0 and drafter is None:
         raise InputError(f"policy {policy.name} drafts tokens: give a drafter, or choose policy 'off'")
     return gamma
+
+
+def checked_seed(seed) -> int | None:
+    """A seed that a torch.Generator takes, or None; raises InputError for anything else."""
+    if seed is None:
+        return None
+    seed = _integer("seed", seed)
+    if not -2 ** 63 <= seed < 2 ** 64:
+        raise InputError(f"seed is {seed}: it must fit in 64 bits")
+    return seed
 
 
 def _integer(name, value) -> int:
@@ -144,7 +157,7 @@ def _warn_of_ignored_settings(target):
              if getattr(config, name, None) not in (None, neutral.get(name))] if config is not None else []
     if found:
         warnings.warn(f"speckv decodes from the target's logits alone and does not apply {', '.join(found)} of its "
-                      "generation_config: transformers' generate would", stacklevel=5)
+                      "generation_config: model.generate(custom_generate=speckv.custom_generate) does", stacklevel=5)
 
 
 def _eos_ids(target, eos_token_id):

@@ -12,7 +12,7 @@ from speckv.records import SpecOutput
 
 # What concerns one text, by its default.
 _OF_A_TEXT = {"attention_mask": None, "max_new_tokens": 128, "temperature": 0.0, "seed": None, "eos_token_id": None,
-              "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+              "top_k": 0, "top_p": 1.0, "min_p": 0.0, "logits_processor": None, "stopping_criteria": None}
 
 
 def generate_batch(target, drafter, requests, policy="adaptive", fast=False, on_step=None,
@@ -20,11 +20,12 @@ def generate_batch(target, drafter, requests, policy="adaptive", fast=False, on_
     """Decode several texts; returns their outputs in the order of the requests.
 
     requests is a list of mappings, each with the input_ids [1, n] of a text and any of attention_mask, max_new_tokens,
-    temperature, seed, eos_token_id, top_k, top_p and min_p, which mean what they mean to speckv.generate; `shared` are
-    those of all texts that do not say otherwise. Or it is a tensor [B, n] i64, padded where an attention_mask [B, n]
-    given beside it is 0. Prompts and texts may be of any length: each text has its own draft length at every step, its
-    own acceptance and its own end, after which it costs nothing. A policy given by name is opened for each text anew; a
-    Policy object serves all. on_step(index, tokens, record) is called after every step of every text.
+    temperature, seed, eos_token_id, top_k, top_p, min_p, logits_processor and stopping_criteria, which mean what they
+    mean to speckv.generate; `shared` are those of all texts that do not say otherwise. Or it is a tensor [B, n] i64,
+    padded where an attention_mask [B, n] given beside it is 0. Prompts and texts may be of any length: each text has
+    its own draft length at every step, its own acceptance and its own end, after which it costs nothing. A policy given
+    by name is opened for each text anew; a Policy object serves all. on_step(index, tokens, record) is called after
+    every step of every text.
 
     What a text says does not depend on the others. With fast the target reads all of them in one pass, which takes
     little longer than a pass over one text, and every token has the same bits as alone; a target that the engine cannot

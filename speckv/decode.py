@@ -14,12 +14,14 @@ from speckv.fast import open_target
 from speckv.kernels import verify_chain
 from speckv.policies import parse_policy
 from speckv.policy import open_policy
+from speckv.processors import ends_text, process_draft, process_rows
 from speckv.records import SpecOutput, StepRecord
 from speckv.signals import read_signals
 
 
 def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128, policy="adaptive", temperature=0.0,
-             seed=None, eos_token_id=None, on_step=None, top_k=0, top_p=1.0, min_p=0.0, fast=False) -> SpecOutput:
+             seed=None, eos_token_id=None, on_step=None, top_k=0, top_p=1.0, min_p=0.0, fast=False,
+             logits_processor=None, stopping_criteria=None) -> SpecOutput:
     """Decode with speculation: the target's own output, sooner.
 
     target is a causal language model of transformers, drafter a model that shares its tokenizer or a Drafter (None
@@ -34,11 +36,17 @@ def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128
     C++ engine of speckv.engine, several times as fast on a CPU; a target that it cannot read is decoded without it,
     with a warning that says why.
 
+    logits_processor is a list of callables (ids [1, n], scores [1, V] f32) -> scores, transformers' own among them,
+    that change the target's logits of every token, in turn and before temperature and filters; see speckv.processors
+    for what is asked of them. stopping_criteria is a list of callables (ids [1, n], None) -> bool: the text ends with
+    the first token behind which one says so, and each is asked once for every new token, in order. model.generate
+    makes both of a generation_config and hands them to speckv.custom_generate.
+
     Raises InputError or ModelError before any work where an argument cannot be used, and NumericalError, with the
     step, where a model's logits are not a distribution.
     """
     run = open_run(target, drafter, input_ids, attention_mask, max_new_tokens, policy, temperature, seed, eos_token_id,
-                   top_k, top_p, min_p, fast)
+                   top_k, top_p, min_p, fast, logits_processor, stopping_criteria)
     run.prefill()
     while not run.finished:
         tokens, record = run.step()
@@ -48,14 +56,14 @@ def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128
 
 
 def open_run(target, drafter, input_ids, attention_mask, max_new_tokens, policy, temperature, seed, eos_token_id, top_k,
-             top_p, min_p, fast) -> "Run":
+             top_p, min_p, fast, logits_processor, stopping_criteria) -> "Run":
     """A decode that is about to begin, of arguments that are those of generate and checked as there."""
     policy = parse_policy(policy)
     check_rollback(target, "target")
     drafter = as_drafter(drafter) if drafter is not None else None
     session = open_policy(policy, getattr(target, "speckv_compression", None))
     settings = checked_settings(target, drafter, session, input_ids, attention_mask, max_new_tokens, temperature, seed,
-                                eos_token_id, top_k, top_p, min_p)
+                                eos_token_id, top_k, top_p, min_p, logits_processor, stopping_criteria)
     return Run(target, drafter, session, settings, input_ids, fast)
 
 
@@ -84,6 +92,8 @@ class Run:
         self.ids[:, :self.length] = settings.prompt
         self.finished = settings.max_new_tokens == 0
         self._eos_ids = settings.eos_ids
+        self._processors = settings.processors
+        self._criteria = settings.criteria
         self.target = open_target(target, fast)
         self._draft = drafter.open() if drafter is not None else None
         self._policy = policy
@@ -179,6 +189,8 @@ class Run:
 
     def _verified(self, draft, target_logits):
         """The tokens that the step emits: those of the draft that are accepted, and one of the target's own."""
+        if self._processors:
+            target_logits = process_rows(self._processors, self.request(draft)[0], target_logits)
         draft_logits = target_logits[:, :0] if draft.logits is None else draft.logits
         gamma = draft.tokens.new_full((1,), draft.tokens.shape[1])
         tokens, _ = verify_chain(target_logits, draft_logits, draft.tokens, gamma, self._temperature, draft.uniform,
@@ -192,7 +204,10 @@ class Run:
         """Draw up to gamma tokens into ids; returns them [1, n], their logits [1, n, V], and their signals."""
         tokens, logits, signals = [], [], []
         for i in range(gamma):
-            row = self._draft.next_logits(self.ids[:, :self.length + i])
+            ids = self.ids[:, :self.length + i]
+            row = self._draft.next_logits(ids)
+            if self._processors and row is not None:
+                row = process_draft(self._processors, ids, row)
             # Drafter and policy end a draft by what is known before the token was drawn: its distribution and the
             # tokens before it. Every token that was drawn is verified, none is dropped for what it is, so the output's
             # distribution stays the target's.
@@ -214,16 +229,22 @@ class Run:
     def _keep(self, emitted):
         """Keep the emitted tokens up to the first that ends the sequence; returns them and how many were drafted."""
         accepted = len(emitted) - 1
-        end = next((i + 1 for i, token in enumerate(emitted) if token in self._eos_ids), None)
+        start = self.length
+        self.ids[0, start:start + len(emitted)] = torch.tensor(emitted)
+        end = next((i + 1 for i, token in enumerate(emitted) if self._is_end(token, start + i + 1)), None)
         emitted = emitted[:end]
-        start, self.length = self.length, self.length + len(emitted)
-        self.ids[0, start:self.length] = torch.tensor(emitted)
+        self.length = start + len(emitted)
         self.finished = end is not None or self.length == self.end
         # The last token emitted has not been fed to either model.
         self.target.rollback(self.length - 1)
         if self._draft is not None:
             self._draft.rollback(self.length - 1)
         return emitted, min(accepted, len(emitted))
+
+    def _is_end(self, token, length):
+        """Whether the text ends with this token, the last of `length`."""
+        has_ended = bool(self._criteria) and ends_text(self._criteria, self.ids[:, :length])
+        return has_ended or token in self._eos_ids
 
     def _named(self, error):
         """An op's complaint about logits with the step it came in; anything else as it is."""

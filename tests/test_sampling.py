@@ -47,7 +47,12 @@ def p_value(target, drafter, policy, prompt=PROMPT, **filters):
         output = speckv.generate(target, drafter, prompt, max_new_tokens=NEW_TOKENS, policy=policy,
                                  temperature=TEMPERATURE, seed=seed, **filters)
         counts[(output.sequences[0, -NEW_TOKENS:] * weights).sum()] += 1
-    expected = exact_probabilities(target, prompt, **filters) * SAMPLES
+    return fit(counts, exact_probabilities(target, prompt, **filters))
+
+
+def fit(counts, probabilities):
+    """The p-value of texts counted, given their exact probabilities."""
+    expected = probabilities * counts.sum()
     assert (counts[expected == 0] == 0).all(), "a text that the filters rule out was written"
     # Texts too rare for a chi-square are counted together.
     order = expected.argsort()
