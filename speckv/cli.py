@@ -51,7 +51,8 @@ def generate(
         help="Sample from the fewest tokens that hold this share of the probability; 1 is off.")] = 1.0,
     min_p: Annotated[float, typer.Option(
         help="Sample from tokens with at least this share of the highest probability; 0 is off.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Makes a sampled text repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(
+        help="Makes a sampled text repeatable, whatever drafts; without it, more of a draft is accepted.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
     raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -113,8 +114,10 @@ class _Bench:
     def _generate(self, policy, ids, tokens):
         # With a head that reads the target's hidden states, plain decoding would be slower than it is.
         drafter = None if policy.name == PLAIN else self._drafter
-        return generate(self._target, drafter, ids, max_new_tokens=tokens, policy=policy,
-                        temperature=self._settings.temperature, seed=0, fast=self._settings.fast)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return generate(self._target, drafter, ids, max_new_tokens=tokens, policy=policy,
+                            temperature=self._settings.temperature, fast=self._settings.fast)
 
     def answer(self, prompt, number, rank, task):
         """The answers of all policies, as JSON."""

@@ -15,6 +15,7 @@ from speckv.kernels import verify_chain
 from speckv.policies import parse_policy
 from speckv.policy import open_policy
 from speckv.processors import ends_text, process_draft, process_rows
+from speckv.randomness import random_numbers, verify_coupled
 from speckv.records import SpecOutput, StepRecord
 from speckv.signals import read_signals
 
@@ -27,10 +28,12 @@ def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128
     target is a causal language model of transformers, drafter a model that shares its tokenizer or a Drafter (None
     will do where the policy never drafts). policy is one of speckv.policies.POLICIES, or a Policy of your own, which
     may be given to many calls and keep what it learns. input_ids [1, n] i64; attention_mask [1, n] hides padding. At
-    temperature 0 the output is that of greedy decoding, else a sample of softmax(logits / temperature); seed makes it
-    repeatable. What is sampled from may be filtered: top_k keeps the k most probable tokens (0: all), top_p the fewest
-    that hold this share of the probability (1: all), min_p those with this share of the highest probability (0: all),
-    in this order, as in transformers (see speckv.kernels.reference.filter_logits).
+    temperature 0 the output is that of greedy decoding, else a sample of softmax(logits / temperature). With a seed the
+    sample is that of plain decoding with this seed, whatever drafts and however much; without, numbers come from
+    torch's own generator, and more of a draft is accepted (see speckv.randomness). What is sampled from may be
+    filtered: top_k keeps the k most probable tokens (0: all), top_p the fewest that hold this share of the probability
+    (1: all), min_p those with this share of the highest probability (0: all), in this order, as in transformers (see
+    speckv.kernels.reference.filter_logits).
     eos_token_id is an id, a list of ids, or None for what the target's generation_config says, of which nothing else
     is used. on_step(tokens, record) is called after every step with the new token ids. fast has the target read by the
     C++ engine of speckv.engine, several times as fast on a CPU; a target that it cannot read is decoded without it,
@@ -101,8 +104,7 @@ class Run:
         self.wants_hidden = drafter.wants_hidden if drafter is not None else ()
         self._temperature = torch.full((1,), settings.temperature, device=device)
         self._filters = {name: torch.tensor([value], device=device) for name, value in settings.filters.items()}
-        self._random = torch.Generator()
-        self._random.manual_seed(settings.seed) if settings.seed is not None else self._random.seed()
+        self._numbers = random_numbers(settings)
 
     @torch.inference_mode()
     def prefill(self):
@@ -180,22 +182,25 @@ class Run:
         started = time.perf_counter()
         # The target adds a token of its own, so one less than what is missing is worth drafting.
         gamma = min(checked_gamma(self._policy, self._draft), self.end - self.length - 1)
-        # Fresh numbers for every step: reusing those of a rejected draft would tie the policy's choices to them.
-        uniform = torch.rand(1, 2 * gamma + 1, generator=self._random).to(self.ids.device, non_blocking=True)
-        tokens, logits, signals = self._draft_tokens(gamma, uniform[:, gamma + 1:])
+        to_draft, to_verify = self._numbers.of_step(self.length - self._prompt_length, gamma)
+        tokens, logits, signals = self._draft_tokens(gamma, to_draft.to(self.ids.device, non_blocking=True))
         gamma = tokens.shape[1]
         promise = self._policy.promise(gamma) if gamma else None
-        return Draft(tokens, logits, signals, promise, uniform[:, :gamma + 1], (time.perf_counter() - started) * 1e3)
+        uniform = to_verify[:, :gamma + 1].to(self.ids.device, non_blocking=True)
+        return Draft(tokens, logits, signals, promise, uniform, (time.perf_counter() - started) * 1e3)
 
     def _verified(self, draft, target_logits):
         """The tokens that the step emits: those of the draft that are accepted, and one of the target's own."""
         if self._processors:
             target_logits = process_rows(self._processors, self.request(draft)[0], target_logits)
-        draft_logits = target_logits[:, :0] if draft.logits is None else draft.logits
-        gamma = draft.tokens.new_full((1,), draft.tokens.shape[1])
-        tokens, _ = verify_chain(target_logits, draft_logits, draft.tokens, gamma, self._temperature, draft.uniform,
-                                 **self._filters)
-        emitted = [token for token in tokens[0].tolist() if token >= 0]
+        if self._numbers.are_of_positions:
+            tokens = verify_coupled(target_logits, draft.tokens, self._temperature, draft.uniform, **self._filters)
+        else:
+            draft_logits = target_logits[:, :0] if draft.logits is None else draft.logits
+            gamma = draft.tokens.new_full((1,), draft.tokens.shape[1])
+            tokens = verify_chain(target_logits, draft_logits, draft.tokens, gamma, self._temperature, draft.uniform,
+                                  **self._filters)[0][0].tolist()
+        emitted = [token for token in tokens if token >= 0]
         if not emitted:
             raise NumericalError("verify_chain: row 0: the logits are not a distribution (NaN, +inf, or all -inf)")
         return emitted

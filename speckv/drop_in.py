@@ -90,7 +90,8 @@ def custom_generate(model, input_ids, logits_processor, stopping_criteria, gener
 
     draft_model is what speckv.load_drafter returns, any model with the target's tokenizer, a Drafter, or a name for
     load_drafter, which is then loaded at every call; None with policy "off". policy, fast and on_step are those of
-    speckv.generate. seed makes a sampled text repeatable, as torch.manual_seed does where it is None.
+    speckv.generate. seed makes a sampled text repeatable whatever drafts, as speckv.generate's does; where it is None,
+    torch.manual_seed does so for policies that do not go by measured time, as "adaptive" does.
 
     All other arguments are those of model.generate and mean what they mean there: sampling, penalties, processors and
     criteria of your own, streamer, return_dict_in_generate. Greedy texts are those of model.generate (in fp32; see
@@ -297,9 +298,10 @@ def _split_warpers(processors):
 
 
 def _seeds(seed, count) -> list:
-    """A seed for each row, from torch's own generator unless a seed is given."""
-    generator = None if checked_seed(seed) is None else torch.Generator().manual_seed(seed)
-    return torch.randint(2 ** 63 - 1, (count,), generator=generator).tolist()
+    """A seed for each row, or None for each, which leaves the numbers to torch's own generator."""
+    if checked_seed(seed) is None:
+        return [None] * count
+    return torch.randint(2 ** 63 - 1, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def _listener(streamer, on_step):

@@ -165,8 +165,10 @@ def _write_texts(load, cells, prompts, settings, parts, on_text):
                  max_new_tokens=min(WARM_UP_TOKENS, settings.max_new_tokens))
     for cell in cells:
         seed = random.Random(f"{settings.seed}/{cell.sequence}").getrandbits(63)
-        output = generate(target, drafter, ids[cell.task, cell.prompt], max_new_tokens=settings.max_new_tokens,
-                          policy=Fixed(cell.gamma), temperature=settings.temperature, seed=seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # not generate's seed, with which less is accepted than in use
+            output = generate(target, drafter, ids[cell.task, cell.prompt], max_new_tokens=settings.max_new_tokens,
+                              policy=Fixed(cell.gamma), temperature=settings.temperature)
         text = Text(cell.sequence, cell.prompt, cell.task, cell.compression, settings.draft, settings.temperature,
                     cell.gamma)
         parts.add(cell.sequence, make_records(text, output.steps))

@@ -160,7 +160,7 @@ def ask_at_the_end_of_a_step(self, emitted):
     emitted = emitted[:end]
     self.length = start + len(emitted)
     self.finished = self._is_end(emitted[-1], self.length) or self.length == self.end
-    self._target.rollback(self.length - 1)
+    self.target.rollback(self.length - 1)
     if self._draft is not None:
         self._draft.rollback(self.length - 1)
     return emitted, min(accepted, len(emitted))
@@ -168,7 +168,7 @@ def ask_at_the_end_of_a_step(self, emitted):
 
 @pytest.mark.parametrize("place, name, bug", [
     (decode, "process_rows", process_with_one_prefix), (decode, "process_rows", process_with_the_token_itself),
-    (decode._Run, "_commit", ask_at_the_end_of_a_step), (drop_in._Row, "_shown", lambda self, ids: ids[:, 1:])],
+    (decode.Run, "_keep", ask_at_the_end_of_a_step), (drop_in._Row, "_shown", lambda self, ids: ids[:, 1:])],
     ids=["one prefix", "short prefix", "late criteria", "cut prompt"])
 def test_the_test_above_fails_for_a_planted_bug(pair, monkeypatch, place, name, bug):
     monkeypatch.setattr(place, name, bug)

@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 from scipy import stats
-from test_head import random_tensors
-from tiny_models import tiny_model
+from test_head import random_tensors, tiny_head
+from tiny_models import noisy_copy, tiny_model
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import speckv
-from speckv import decode, head
+from speckv import decode, head, randomness
 from speckv.kernels import reference
 from speckv.lookup import LookupDrafter, LookupFirst
 
@@ -39,13 +39,14 @@ def exact_probabilities(target, prompt=PROMPT, top_k=VOCABULARY, top_p=1.0, min_
     return log_probabilities.sum(-1).exp()
 
 
-def p_value(target, drafter, policy, prompt=PROMPT, **filters):
-    """How well the texts that the loop samples fit the exact distribution."""
+def p_value(target, drafter, policy, prompt=PROMPT, has_seed=False, **filters):
+    """How well the texts that the loop samples fit the exact distribution; with seeds, or by rejection."""
     counts = torch.zeros(VOCABULARY ** NEW_TOKENS)
     weights = torch.tensor([VOCABULARY ** i for i in reversed(range(NEW_TOKENS))])
     for seed in range(SAMPLES):
+        torch.manual_seed(seed)
         output = speckv.generate(target, drafter, prompt, max_new_tokens=NEW_TOKENS, policy=policy,
-                                 temperature=TEMPERATURE, seed=seed, **filters)
+                                 temperature=TEMPERATURE, seed=seed if has_seed else None, **filters)
         counts[(output.sequences[0, -NEW_TOKENS:] * weights).sum()] += 1
     return fit(counts, exact_probabilities(target, prompt, **filters))
 
@@ -65,14 +66,17 @@ def fit(counts, probabilities):
     return stats.chisquare(observed[kept], wanted[kept] * observed[kept].sum() / wanted[kept].sum()).pvalue
 
 
+@pytest.mark.parametrize("has_seed", [False, True], ids=["rejection", "seeds"])
 @pytest.mark.parametrize("policy", ["off", "fixed:1", "fixed:2"])
-def test_sampled_texts_have_the_exact_distribution_of_the_target(pair, policy):
-    assert p_value(*pair, policy) > 1e-3
+def test_sampled_texts_have_the_exact_distribution_of_the_target(pair, policy, has_seed):
+    assert p_value(*pair, policy, has_seed=has_seed) > 1e-3
 
 
-@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.8}, {"top_k": 3, "top_p": 0.9, "min_p": 0.3}], ids=str)
-def test_filtered_texts_have_the_exact_distribution_of_the_filtered_target(pair, filters):
-    assert p_value(*pair, "fixed:2", **filters) > 1e-3
+@pytest.mark.parametrize("settings", [
+    {"top_k": 3}, {"top_p": 0.8}, {"top_k": 3, "top_p": 0.9, "min_p": 0.3},
+    {"top_k": 3, "top_p": 0.9, "min_p": 0.3, "has_seed": True}], ids=str)
+def test_filtered_texts_have_the_exact_distribution_of_the_filtered_target(pair, settings):
+    assert p_value(*pair, "fixed:2", **settings) > 1e-3
 
 
 def test_lookup_leaves_the_distribution_of_the_filtered_target_as_it_is(pair):
@@ -139,9 +143,47 @@ def test_the_test_of_lookup_fails_for_a_wrong_verifier(pair, monkeypatch):
     assert p_value(pair[0], LookupDrafter(VOCABULARY, shortest=1), "fixed:2", REPETITIVE_PROMPT) < 1e-3
 
 
-def test_a_seed_makes_the_text_repeatable_and_another_seed_another_text(pair):
-    def text(seed):
-        return speckv.generate(tiny_model(), tiny_model(seed=4), PROMPT, max_new_tokens=30, temperature=1.0,
-                               seed=seed).sequences
-    assert torch.equal(text(1), text(1))
-    assert not torch.equal(text(1), text(2))
+DRAFTS = {"nothing": lambda target: None, "model": lambda target: noisy_copy(target), "head": tiny_head,
+          "lookup": lambda target: LookupDrafter(target.config.vocab_size, shortest=1),
+          "lookup first": lambda target: LookupFirst(noisy_copy(target))}
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("policy", ["fixed:1", "fixed:5", "adaptive", "hf-confidence"])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.6, "top_k": 40, "top_p": 0.95, "min_p": 0.01}],
+                         ids=["plain", "filters"])
+def test_a_seed_gives_the_text_of_plain_decoding_whatever_drafts(draft, policy, settings):
+    target = tiny_model()
+    settings = {"temperature": 1.0, "max_new_tokens": 80, "seed": 7, "eos_token_id": []} | settings
+    drafter = DRAFTS[draft](target)
+    plain = speckv.generate(target, None, PROMPT, policy="off", **settings)
+    output = speckv.generate(target, drafter, PROMPT, policy="off" if drafter is None else policy, **settings)
+    assert torch.equal(output.sequences, plain.sequences)
+    assert drafter is None or "lookup" in draft or draft == "head" or output.accepted > 0
+    other = speckv.generate(target, drafter, PROMPT, policy="off", **settings | {"seed": 8})
+    assert not torch.equal(other.sequences, plain.sequences)
+    longer = speckv.generate(target, None, PROMPT, policy="off", **settings | {"max_new_tokens": 100})
+    assert torch.equal(longer.sequences[:, :plain.sequences.shape[1]], plain.sequences)
+
+
+def accept_as_drafted(target_logits, draft_tokens, temperature, uniform, **filters):
+    """A planted bug: numbers one position off."""
+    return randomness.verify_coupled(target_logits, draft_tokens, temperature, uniform.roll(1, dims=1), **filters)
+
+
+def test_the_test_above_fails_where_numbers_are_mixed_up(monkeypatch):
+    monkeypatch.setattr(decode, "verify_coupled", accept_as_drafted)
+    with pytest.raises(AssertionError):
+        test_a_seed_gives_the_text_of_plain_decoding_whatever_drafts("model", "fixed:5", {})
+
+
+def test_without_a_seed_torch_makes_the_text_repeatable_and_greedy_decoding_draws_nothing(pair):
+    def text(seed, **settings):
+        torch.manual_seed(seed)
+        sequences = speckv.generate(*pair, PROMPT, max_new_tokens=30, policy="fixed:2", eos_token_id=[],
+                                    **settings).sequences
+        return sequences, torch.rand(1)
+    first, again, other = (text(seed, temperature=1.0)[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    _, number = text(3)
+    assert number == torch.rand(1, generator=torch.Generator().manual_seed(3))
