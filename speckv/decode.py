@@ -158,8 +158,8 @@ class _Run:
         accepted = len(emitted) - 1
         end = next((i + 1 for i, token in enumerate(emitted) if token in self._eos_ids), None)
         emitted = emitted[:end]
-        start, self.length = self.length, self.length + len(emitted)
-        self.ids[0, start:self.length] = torch.tensor(emitted)
+        self.length += len(emitted)
+        self.ids[0, self.length - 1] = emitted[-1]  # those before it were drafted, and stand there already
         self.finished = end is not None or self.length == self.end
         # The last token emitted has not been fed to either model.
         self._target.rollback(self.length - 1)
