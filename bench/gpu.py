@@ -55,7 +55,7 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Work:
-    """What a call does; unit_bytes are those that the units take in, rows that are read again from a cache among them."""
+    """What a call does; unit_bytes are what the units take in, rows read again from a cache among it."""
 
     rows: int
     memory_bytes: float
