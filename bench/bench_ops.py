@@ -145,7 +145,7 @@ def test_verify_chain(benchmark, monkeypatch, gamma, vocabulary, rejected, name)
     else:
         function = implementation(name, "verify_chain", monkeypatch)
     # The target's rows up to the stop and the draft's that were judged. The residual of a rejection takes the exp of
-    # both rows again: their sums are known only then, and keeping the terms would move more bytes than it saves.
+    # both rows again: their sums are known only then (see docs/limits.md).
     rows_read = min(stop + 1, gamma) + stop + 1
     exps = vocabulary * (rows_read + (2 if stop < gamma else 0))
     group = f"verify_chain gamma={gamma} rejected: {rejected} V={vocabulary}"

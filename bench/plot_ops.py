@@ -46,4 +46,4 @@ def _over_floor(axes, groups):
     axes.axvline(GOAL, color="tab:red", linewidth=0.8, linestyle="--")
     axes.tick_params(axis="y", labelsize=7)
     axes.invert_yaxis()
-    axes.set_title("time over the floor (blue: exp, green: reading)")
+    axes.set_title("times the floor (blue: exp, green: reading)", loc="right")
