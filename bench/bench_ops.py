@@ -1,66 +1,86 @@
-"""Microbenchmarks of the ops on CPU: one row, bf16 logits, one thread. Run them with bench/run.py.
+"""Microbenchmarks of the ops on CPU, one thread. Run them with bench/run.py.
 
-Each test times one implementation in one group; its results are checked against the reference before it is timed.
+Each test times one implementation in one group; its results are checked against the reference before it is timed. What
+varies, varies alone: vocabulary, dtype, batch and temperature of draft_sample around one bf16 row at temperature 0.8.
 """
+
+import functools
 
 import pytest
 import torch
+from sklearn.neural_network import MLPRegressor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.utils import _speculative_sampling
 
 import speckv.kernels as kernels
 from speckv.kernels import checks, reference
 
-VOCABULARIES = (49152, 128256)
-LARGE_VOCABULARY = 151936
+VOCABULARIES = (32000, 49152, 128256, 151936, 262144)
+SMALL_VOCABULARY, CHAIN_VOCABULARY, LARGE_VOCABULARY = 49152, 128256, 151936
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FILTERS = {"top_k": 50, "top_p": 0.9, "min_p": 0.05}
 TEMPERATURES = {"greedy": 0.0, "T=0.8": 0.8, "T=1": 1.0}
-GAMMA = 8
-STOPS = {"reject first": 0, "reject middle": GAMMA // 2, "accept all": GAMMA}
+# mode, dtype, rows, vocabulary
+DRAFTS = [
+    *(("T=0.8", "bf16", 1, vocabulary) for vocabulary in VOCABULARIES),
+    *(("greedy", "bf16", 1, vocabulary) for vocabulary in VOCABULARIES),
+    ("T=1", "bf16", 1, LARGE_VOCABULARY),
+    *(("T=0.8", dtype, 1, LARGE_VOCABULARY) for dtype in ("fp16", "fp32")),
+    *(("T=0.8", "bf16", rows, LARGE_VOCABULARY) for rows in (8, 64)),
+    *(("greedy", dtype, 64, LARGE_VOCABULARY) for dtype in ("bf16", "fp32")),
+]
+# gamma, vocabulary
+CHAINS = [(8, CHAIN_VOCABULARY), *((gamma, SMALL_VOCABULARY) for gamma in (1, 4, 8, 16))]
+STOPS = ("first", "middle", "none")  # where the draft is rejected
 CONTROLLER_UNITS = 16
+UNCHECKED = ("sampling_values", "logit_values", "filter_values", "draft_values", "verified_values", "acceptance_values",
+             "seconds_values")
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    torch.set_num_threads(1)
-    assert kernels.serving()["cpu"][0] == "cpu", kernels.serving()["cpu"][1]
-
-
-def logits_like_a_model(*shape):
-    """Heavy-tailed bf16 logits: most of the mass on a few dozen tokens."""
+def logits_like_a_model(*shape, dtype=torch.bfloat16):
+    """Heavy-tailed logits: most of the mass on a few dozen tokens."""
     generator = torch.Generator().manual_seed(shape[-1])
     normal = torch.randn(shape, generator=generator)
-    return (2.5 * normal + 0.4 * normal.abs().pow(2)).bfloat16()
+    return (2.5 * normal + 0.4 * normal.abs().pow(2)).to(dtype)
 
 
-def compiled_reference(name, monkeypatch):
-    """torch.compile of the reference without its value checks, which would break the graph and slow it down."""
-    for check in ("sampling_values", "logit_values"):
-        monkeypatch.setattr(checks, check, lambda *args: None)
-    return torch.compile(getattr(reference, name))
+@functools.cache
+def compiled(op):
+    return torch.compile(getattr(reference, op), dynamic=False)
 
 
 def implementation(name, op, monkeypatch):
     if name == "torch.compile":
-        return compiled_reference(op, monkeypatch)
+        # Without the checks of values, which would break the graph and slow it down.
+        for check in UNCHECKED:
+            monkeypatch.setattr(checks, check, lambda *args: None)
+        torch._dynamo.config.recompile_limit = 64  # a graph for each shape
+        return compiled(op)
     return getattr(kernels if name == "speckv" else reference, op)
 
 
-def measure(benchmark, group, name, function, args, expected, bytes_read):
+def measure(benchmark, group, name, function, args, expected, read_bytes=0, exps=0, **info):
+    """Times function(*args) after a look at what it gives; read_bytes and exps are what no implementation can avoid."""
     for actual, wanted in zip(function(*args), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
     benchmark.group = group
-    benchmark.extra_info.update(implementation=name, rows=1, bytes=bytes_read, threads=1)
+    benchmark.extra_info.update(implementation=name, bytes=read_bytes, exps=exps, threads=1, **info)
     benchmark(function, *args)
 
 
-@pytest.mark.parametrize("vocabulary", VOCABULARIES)
-@pytest.mark.parametrize("mode", TEMPERATURES)
+@pytest.mark.parametrize("mode, dtype, rows, vocabulary", DRAFTS)
 @pytest.mark.parametrize("name", ["speckv", "reference", "torch.compile"])
-def test_draft_sample(benchmark, monkeypatch, vocabulary, mode, name):
-    args = logits_like_a_model(1, vocabulary), torch.tensor([TEMPERATURES[mode]]), torch.tensor([0.37])
+def test_draft_sample(benchmark, monkeypatch, mode, dtype, rows, vocabulary, name):
+    if name == "torch.compile" and (dtype, rows) != ("bf16", 1):
+        pytest.skip("compiled for the vocabularies only: each takes seconds")
+    temperature = torch.full((rows,), TEMPERATURES[mode])
+    args = logits_like_a_model(rows, vocabulary, dtype=DTYPES[dtype]), temperature, torch.full((rows,), 0.37)
     expected = reference.draft_sample(*args)
     function = implementation(name, "draft_sample", monkeypatch)
-    measure(benchmark, f"draft_sample {mode} V={vocabulary}", name, function, args, expected, 2 * vocabulary)
+    # Entropy and confidence are of softmax(logits); a token at another temperature takes an exp of its own.
+    exps = rows * vocabulary * (2 if mode == "T=0.8" else 1)
+    measure(benchmark, f"draft_sample {mode} {dtype} B={rows} V={vocabulary}", name, function, args, expected,
+            args[0].nbytes, exps, op="draft_sample", mode=mode, dtype=dtype, rows=rows, vocabulary=vocabulary)
 
 
 def warp_and_draw(logits, temperature, uniform):
@@ -85,32 +105,51 @@ def test_draft_sample_filtered(benchmark, name):
     group = f"draft_sample top-k, top-p, min-p, T=0.8 fp32 V={LARGE_VOCABULARY}"
     if name == "transformers":
         expected = expected[:2]
-    measure(benchmark, group, name, function, args, expected, 4 * LARGE_VOCABULARY)
+    measure(benchmark, group, name, function, args, expected, 4 * LARGE_VOCABULARY, LARGE_VOCABULARY)
 
 
-def chain_that_stops_at(stop, vocabulary):
+def chain_that_stops_at(stop, gamma, vocabulary):
     """Inputs of verify_chain where the target agrees with the draft before `stop` and rules its token out there."""
-    draft = logits_like_a_model(1, GAMMA, vocabulary)
+    draft = logits_like_a_model(1, gamma, vocabulary)
     target = torch.cat([draft, draft[:, :1]], dim=1)
     temperature = torch.tensor([0.8])
     uniform = torch.full((1,), 0.37)
-    tokens = torch.stack([reference.draft_sample(draft[:, i], temperature, uniform)[0] for i in range(GAMMA)], dim=1)
-    if stop < GAMMA:
+    tokens = torch.stack([reference.draft_sample(draft[:, i], temperature, uniform)[0] for i in range(gamma)], dim=1)
+    if stop < gamma:
         target[0, stop, tokens[0, stop]] = -torch.inf
-    return target, draft, tokens, torch.tensor([GAMMA]), temperature, torch.full((1, GAMMA + 1), 0.37)
+    return target, draft, tokens, torch.tensor([gamma]), temperature, torch.full((1, gamma + 1), 0.37)
 
 
-@pytest.mark.parametrize("vocabulary", VOCABULARIES)
-@pytest.mark.parametrize("stop", STOPS)
-@pytest.mark.parametrize("name", ["speckv", "reference"])
-def test_verify_chain(benchmark, monkeypatch, vocabulary, stop, name):
-    args = chain_that_stops_at(STOPS[stop], vocabulary)
+def speculative_sampling(target, draft, tokens, num_draft, temperature, uniform):
+    """transformers' verification of the same chain, from the logits as the models give them: it is handed scores in
+    fp32 at the temperature. It draws its own numbers, so only how many were accepted can be compared."""
+    gamma = tokens.shape[1]
+    valid, accepted = _speculative_sampling(tokens, draft.float() / temperature, gamma, target.float() / temperature)
+    return accepted.reshape(1), torch.tensor([valid.shape[1] - 1])
+
+
+@pytest.mark.parametrize("gamma, vocabulary", CHAINS)
+@pytest.mark.parametrize("rejected", STOPS)
+@pytest.mark.parametrize("name", ["speckv", "reference", "torch.compile", "transformers"])
+def test_verify_chain(benchmark, monkeypatch, gamma, vocabulary, rejected, name):
+    stop = {"first": 0, "middle": gamma // 2, "none": gamma}[rejected]
+    if rejected == "middle" and gamma == 1:
+        pytest.skip("a draft of one token has no middle")
+    if name == "torch.compile" and vocabulary != CHAIN_VOCABULARY:
+        pytest.skip("compiled for one shape only: it takes half a minute")
+    args = chain_that_stops_at(stop, gamma, vocabulary)
     expected = reference.verify_chain(*args)
-    assert expected[1].item() == STOPS[stop]
-    function = implementation(name, "verify_chain", monkeypatch)
-    rows_read = min(STOPS[stop] + 1, GAMMA) + STOPS[stop] + 1
-    group = f"verify_chain gamma={GAMMA} {stop} V={vocabulary}"
-    measure(benchmark, group, name, function, args, expected, 2 * vocabulary * rows_read)
+    assert expected[1].item() == stop
+    if name == "transformers":
+        function, expected = speculative_sampling, (expected[1], expected[1])
+    else:
+        function = implementation(name, "verify_chain", monkeypatch)
+    # The target's rows up to the stop and the draft's that were judged. The residual of a rejection takes the exp of
+    # both rows again: their sums are known only then (see docs/limits.md).
+    rows_read = min(stop + 1, gamma) + stop + 1
+    exps = vocabulary * (rows_read + (2 if stop < gamma else 0))
+    group = f"verify_chain gamma={gamma} rejected: {rejected} V={vocabulary}"
+    measure(benchmark, group, name, function, args, expected, 2 * vocabulary * rows_read, exps)
 
 
 def controller():
@@ -121,22 +160,37 @@ def controller():
     return *weights, torch.tensor([2, 4, 6, 8]), torch.ones(4)
 
 
-@pytest.mark.parametrize("name", ["speckv", "reference"])
+def sklearn_controller(w1, b1, w2, b2):
+    """The same network in scikit-learn, as the paper's controller is."""
+    units = b1.shape[0]
+    model = MLPRegressor(hidden_layer_sizes=(units,))
+    model.partial_fit(torch.zeros(2, w1.shape[0]).numpy(), [0.0, 1.0])  # which lays it out
+    model.coefs_, model.intercepts_ = [w1.numpy(), w2.numpy()], [b1.numpy(), b2.numpy()]
+    return model
+
+
+@pytest.mark.parametrize("name", ["speckv", "reference", "sklearn"])
 def test_plan_gamma(benchmark, monkeypatch, name):
     args = torch.tensor([[2.0, 0.6, 4.0, 0.2, 1.0]]), *controller()
     expected = reference.plan_gamma(*args)
-    function = implementation(name, "plan_gamma", monkeypatch)
-    measure(benchmark, "plan_gamma 6-16-1", name, function, args, expected, 0)
+    if name == "sklearn":
+        model, candidates = sklearn_controller(*args[1:5]), args[5].float().unsqueeze(1)
+        function, expected = model.predict, expected[1][0].numpy()
+        args = (torch.cat([args[0].expand(len(candidates), -1), candidates], dim=1).numpy(),)
+    else:
+        function = implementation(name, "plan_gamma", monkeypatch)
+    measure(benchmark, "plan_gamma 6-16-1", name, function, args, expected)
 
 
-@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("vocabulary", [SMALL_VOCABULARY, LARGE_VOCABULARY])
 @pytest.mark.parametrize("name", ["speckv", "reference"])
 def test_draft_step(benchmark, monkeypatch, vocabulary, name):
     sampling = logits_like_a_model(1, vocabulary), torch.tensor([0.8]), torch.tensor([0.37])
     args = *sampling, torch.tensor([[2.0, 0.6, 4.0, 0.2, 1.0]]), torch.tensor([3]), *controller()
     expected = reference.draft_step(*args)
     function = implementation(name, "draft_step", monkeypatch)
-    measure(benchmark, f"draft_step T=0.8 V={vocabulary}", name, function, args, expected, 2 * vocabulary)
+    measure(benchmark, f"draft_step T=0.8 V={vocabulary}", name, function, args, expected, 2 * vocabulary,
+            2 * vocabulary)
 
 
 @pytest.mark.parametrize("columns, rows", [(576, 16384), (1536, 576)])
@@ -153,5 +207,5 @@ def test_linear_int8(benchmark, columns, rows, name):
                       "bf16": (torch.nn.functional.linear, (x, dense))}[name]
     torch.testing.assert_close(function(*args), expected, rtol=2**-7, atol=1e-3)
     benchmark.group = f"linear_int8 K={columns} N={rows}"
-    benchmark.extra_info.update(implementation=name, rows=1, bytes=args[1].nbytes, threads=1)
+    benchmark.extra_info.update(implementation=name, bytes=args[1].nbytes, exps=0, threads=1)
     benchmark(function, *args)

@@ -1,4 +1,8 @@
-"""Times the ops, keeps the JSON in bench/results/ and prints the medians: python bench/run.py [pytest arguments]."""
+"""Times the ops and holds them against what this machine can do: python bench/run.py [pytest arguments]
+
+Measures the floors (bench/floors.py) and the ops in one process, keeps the JSON and a plot in bench/results/, and
+prints the medians.
+"""
 
 import json
 import os
@@ -6,51 +10,66 @@ import subprocess
 import sys
 from pathlib import Path
 
+from floors import floor_us, sentence
+from plot_ops import PLOT, draw
 from rich.console import Console
 from rich.table import Table
 
+from speckv.training_plot import INSTALL, can_draw
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "ops.json"
-# bf16 only where there is a product with bf16 weights, the last two only for draft_sample with filters.
-BASELINES = ("reference", "torch.compile", "bf16", "transformers", "unfiltered")
+# bf16 only where there is a product with bf16 weights, unfiltered only for draft_sample with filters.
+BASELINES = ("reference", "torch.compile", "transformers", "sklearn", "bf16", "unfiltered")
 
 
 def run(arguments):
     RESULTS.parent.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "pytest", "bench_ops.py", "-q", "--no-header",
-               "--benchmark-disable-gc", "--benchmark-quiet", f"--benchmark-json={RESULTS}", *arguments]
+    command = [sys.executable, "-m", "pytest", "bench_ops.py", "-q", "--no-header", "-p", "no:cacheprovider",
+               "--benchmark-disable-gc", "--benchmark-quiet", "--benchmark-max-time=0.4", "--benchmark-warmup=on",
+               "--benchmark-warmup-iterations=20", f"--benchmark-json={RESULTS}", "-r", "fE", *arguments]
     return subprocess.run(command, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
 
 
-def medians(results):
-    """{group: {implementation: median in microseconds}}"""
-    groups = {}
+def groups(results):
+    """{group: {"floor": microseconds or None, "bound": which floor, "info": of speckv, implementation: median µs}}"""
+    grouped = {}
     for benchmark in results["benchmarks"]:
-        microseconds = benchmark["stats"]["median"] * 1e6
-        groups.setdefault(benchmark["group"], {})[benchmark["extra_info"]["implementation"]] = microseconds
-    return groups
+        info = benchmark["extra_info"]
+        row = grouped.setdefault(benchmark["group"], {"floor": None, "bound": "", "info": {}})
+        row[info["implementation"]] = benchmark["stats"]["median"] * 1e6
+        if info["implementation"] == "speckv" and info["bytes"]:
+            row["floor"], row["bound"] = floor_us(results["floors"], info["bytes"], info["exps"])
+            row["info"] = info
+    return grouped
 
 
 def table(results):
     machine = results["machine_info"]["cpu"].get("brand_raw", "CPU")
-    drawn = Table(title=f"Median microseconds a call, bf16, one row, one thread ({machine})")
+    drawn = Table(title=f"Median microseconds a call, one thread ({machine}); x: times as long as speckv",
+                  caption=sentence(results["floors"]))
     drawn.add_column("op")
-    for heading in ("speckv", *BASELINES):
-        drawn.add_column(heading, justify="right")
-    for baseline in BASELINES:
-        drawn.add_column(f"x {baseline}", justify="right")
-    for group, by_name in medians(results).items():
-        ours = by_name.get("speckv")
-        times = [f"{by_name[name]:.1f}" if name in by_name else "" for name in ("speckv", *BASELINES)]
-        ratios = [f"{by_name[name] / ours:.1f}" if ours and name in by_name else "" for name in BASELINES]
-        drawn.add_row(group, *times, *ratios)
+    for heading in ("floor", "of", "speckv", "/ floor", *BASELINES):
+        drawn.add_column(heading, justify="right", no_wrap=True)
+    for group, row in groups(results).items():
+        ours = row.get("speckv")
+        floor = (f"{row['floor']:.1f}", row["bound"]) if row["floor"] else ("", "")
+        over = f"{ours / row['floor']:.2f}" if ours and row["floor"] else ""
+        others = [f"{row[name]:,.0f}" + (f" {row[name] / ours:.1f}x" if ours else "") if name in row else ""
+                  for name in BASELINES]
+        drawn.add_row(group, *floor, f"{ours:.1f}" if ours else "", over, *others)
     return drawn
 
 
 if __name__ == "__main__":
     status = run(sys.argv[1:])
     if RESULTS.exists() and RESULTS.stat().st_size:
+        results = json.loads(RESULTS.read_text())
         console = Console()
-        console.width = max(console.width, 112)  # a table folded to 80 columns, as in a log, cannot be read
-        console.print(table(json.loads(RESULTS.read_text())))
+        console.width = max(console.width, 180)  # a table folded to 80 columns, as in a log, cannot be read
+        console.print(table(results))
+        if can_draw():
+            draw(groups(results), RESULTS.parent / PLOT)
+        else:
+            console.print(f"no plot without matplotlib: {INSTALL}")
     sys.exit(status)

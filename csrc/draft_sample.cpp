@@ -42,8 +42,7 @@ DraftSample draft_sample_row(const Row& row, float temperature, float uniform, c
     BlockBuffer buffer;
     for (int64_t i = 0; i < blocks; ++i) {
         const int64_t start = i * kBlockSize;
-        const Block block = load_block(row, start, buffer.values);
-        const float maximum = largest(block.values, block.size);
+        const auto [block, maximum] = load_block_and_largest(row, start, buffer.values);
         if (maximum > sums.maximum) {
             sums.raise_maximum(maximum, start);
         }

@@ -15,11 +15,10 @@ Argmax argmax(const Row& row) {
     float maximum = -kInfinity;
     int64_t best_start = 0;
     for (int64_t start = 0; start < row.size; start += kBlockSize) {
-        const Block block = load_block(row, start, buffer.values);
+        const auto [block, block_maximum] = load_block_and_largest(row, start, buffer.values);
         if (has_nan(block.values, block.size)) {
             return {false, -1};
         }
-        const float block_maximum = largest(block.values, block.size);
         if (block_maximum > maximum) {
             maximum = block_maximum;
             best_start = start;
@@ -39,8 +38,7 @@ Distribution distribution(const Row& row, float scale, std::vector<double>& mass
     BlockBuffer buffer;
     float shift = -kInfinity;
     for (int64_t i = 0; i < blocks; ++i) {
-        const Block block = load_block(row, i * kBlockSize, buffer.values);
-        const float maximum = largest(block.values, block.size);
+        const auto [block, maximum] = load_block_and_largest(row, i * kBlockSize, buffer.values);
         shift = std::max(shift, maximum);
         shifts[i] = shift;
         if (maximum > -kInfinity) {

@@ -44,6 +44,21 @@ inline Block load_block(const Row& row, int64_t start, float* buffer) {
     return {buffer, size};
 }
 
+struct BlockAndLargest {
+    Block block;
+    float largest;  // NaN passed over; -inf where there is nothing else
+};
+
+inline BlockAndLargest load_block_and_largest(const Row& row, int64_t start, float* buffer) {
+    if (row.dtype == Dtype::kBFloat16) {
+        const int64_t size = std::min(kBlockSize, row.size - start);
+        return {{buffer, size},
+                load_bfloat16_and_largest(static_cast<const uint16_t*>(row.logits) + start, size, buffer)};
+    }
+    const Block block = load_block(row, start, buffer);
+    return {block, largest(block.values, block.size)};
+}
+
 // out[i] = values[i], rounded to nearest even.
 inline void narrow(const float* values, int64_t size, Dtype dtype, void* out) {
     if (dtype == Dtype::kFloat32) {

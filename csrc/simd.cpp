@@ -5,6 +5,7 @@
 
 #include "bits.h"
 #include "clones.h"
+#include "vectors.h"
 
 namespace speckv {
 namespace {
@@ -68,12 +69,79 @@ SPECKV_INLINE float exp_or_zero(float x) {
     return x < kSmallestExponent ? 0.0f : exp_in_range(x);
 }
 
+SPECKV_INLINE float float_from_bfloat16(uint16_t half) {
+    return from_bits(static_cast<uint32_t>(half) << 16);
+}
+
+// What is left of a block after the first `begin` values, whose largest is `maximum`.
+SPECKV_INLINE float load_rest(const uint16_t* src, int64_t begin, int64_t size, float* dst, float maximum) {
+    for (int64_t i = begin; i < size; ++i) {
+        dst[i] = float_from_bfloat16(src[i]);
+        maximum = dst[i] > maximum ? dst[i] : maximum;
+    }
+    return maximum;
+}
+
+// GCC gives this loop half vectors, and compares under a mask.
+SPECKV_CLONES float load_and_compare(const uint16_t* src, int64_t size, float* dst) {
+    const int64_t half = size / 2;
+    float a = kNegativeInfinity;
+    float b = a;
+#pragma omp simd reduction(max : a, b)
+    for (int64_t i = 0; i < half; ++i) {
+        const float x = float_from_bfloat16(src[i]);
+        const float y = float_from_bfloat16(src[i + half]);
+        dst[i] = x;
+        dst[i + half] = y;
+        a = x > a ? x : a;
+        b = y > b ? y : b;
+    }
+    return load_rest(src, 2 * half, size, dst, std::max(a, b));
+}
+
+#ifdef SPECKV_AVX512
+// A third faster. Only for units of this width: elsewhere GCC compares such vectors one element at a time.
+SPECKV_AVX512 float load_and_compare_avx512(const uint16_t* src, int64_t size, float* dst) {
+    using Halves = uint16_t __attribute__((vector_size(64)));
+    using Wholes = uint32_t __attribute__((vector_size(128)));
+    constexpr int64_t kStep = 4 * kLanes;
+    Floats maxima[4];
+    for (Floats& lanes : maxima) {
+        lanes = Floats{} + kNegativeInfinity;
+    }
+    int64_t i = 0;
+    for (; i + kStep <= size; i += kStep) {
+#pragma GCC unroll 2
+        for (int64_t part = 0; part < 4; part += 2) {
+            Halves halves;
+            std::memcpy(&halves, src + i + part * kLanes, sizeof(halves));
+            const Wholes wholes = __builtin_convertvector(halves, Wholes) << 16;
+            Floats floats[2];
+            std::memcpy(floats, &wholes, sizeof(floats));
+            store(floats[0], dst + i + part * kLanes);
+            store(floats[1], dst + i + (part + 1) * kLanes);
+            maxima[part] = floats[0] > maxima[part] ? floats[0] : maxima[part];
+            maxima[part + 1] = floats[1] > maxima[part + 1] ? floats[1] : maxima[part + 1];
+        }
+    }
+    maxima[0] = maxima[1] > maxima[0] ? maxima[1] : maxima[0];
+    maxima[2] = maxima[3] > maxima[2] ? maxima[3] : maxima[2];
+    maxima[0] = maxima[2] > maxima[0] ? maxima[2] : maxima[0];
+    float maximum = kNegativeInfinity;
+#pragma omp simd reduction(max : maximum)
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+        maximum = maxima[0][lane] > maximum ? maxima[0][lane] : maximum;
+    }
+    return load_rest(src, i, size, dst, maximum);
+}
+#endif
+
 }  // namespace
 
 SPECKV_CLONES void load_bfloat16(const uint16_t* src, int64_t size, float* dst) {
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) {
-        dst[i] = from_bits(static_cast<uint32_t>(src[i]) << 16);
+        dst[i] = float_from_bfloat16(src[i]);
     }
 }
 
@@ -96,6 +164,17 @@ SPECKV_CLONES void store_float16(const float* src, int64_t size, uint16_t* dst) 
     for (int64_t i = 0; i < size; ++i) {
         dst[i] = float16_from_float(src[i]);
     }
+}
+
+float load_bfloat16_and_largest(const uint16_t* src, int64_t size, float* dst) {
+#ifdef SPECKV_AVX512
+    static const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (has_avx512) {
+        return load_and_compare_avx512(src, size, dst);
+    }
+#endif
+    return load_and_compare(src, size, dst);
 }
 
 // Four chains of comparisons side by side: one would wait for its own result at every step.

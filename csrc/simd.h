@@ -24,6 +24,8 @@ struct alignas(64) BlockBuffer {
 // dst[i] = float(src[i]). Loops of their own: GCC gives a reduction next to 16-bit loads half vectors.
 void load_bfloat16(const uint16_t* src, int64_t size, float* dst);
 void load_float16(const uint16_t* src, int64_t size, float* dst);
+// The same, and largest() of what was loaded, which on its way through a register costs little.
+float load_bfloat16_and_largest(const uint16_t* src, int64_t size, float* dst);
 // The way back, rounded to nearest even.
 void store_bfloat16(const float* src, int64_t size, uint16_t* dst);
 void store_float16(const float* src, int64_t size, uint16_t* dst);

@@ -28,7 +28,7 @@ from speckv.draft_state import LONGEST_COUNTED, SIGNALS, DraftState
 from speckv.errors import ModelError, NumericalError
 from speckv.kernels import draft_step
 from speckv.policy import PolicySession
-from speckv.signals import Signal
+from speckv.signals import Signal, read_numbers
 
 FADE = 0.97               # of a step in the run's rate with each later one: about the last 30 count
 MOST_SCALE, LEAST_SCALE = 2.0, 0.2  # of the controller's promise
@@ -136,9 +136,10 @@ class _AdaptiveSession(PolicySession):
         # Pairs of "stop here" and "one more"; a draft longer than what was trained on keeps the last pair.
         gammas = torch.arange(LONGEST_COUNTED + 1)
         self._pairs = [gammas[i:i + 2] for i in range(LONGEST_COUNTED)]
-        self._drafted = torch.arange(policy.longest + 1).unsqueeze(1)
+        self._drafted = [torch.tensor([i]) for i in range(policy.longest + 1)]
         self._signals = torch.zeros(1, len(SIGNALS))
         self._seconds = torch.ones(2)
+        self._more_seconds = self._seconds.numpy()[1:]  # the same memory, which NumPy writes to sooner
         self._promise = 0.0
 
     def max_draft(self):
@@ -151,21 +152,22 @@ class _AdaptiveSession(PolicySession):
     def draft(self, logits, temperature, uniform, drafted, own, **filters):
         costs, is_estimate, device = self._experience.costs, own is not None, logits.device
         self._state.write(self._signals, drafted, own)
-        pair = self._pairs[min(drafted + 1, LONGEST_COUNTED - 1)]
+        stop_here = min(drafted + 1, LONGEST_COUNTED - 1)
         # Of the two seconds only the difference matters to the rule.
         more_ms = costs.draft_ms(is_estimate) + max(0.0, costs.verify_ms(drafted + 3) - costs.verify_ms(drafted + 2))
-        self._seconds[1] = 1 + more_ms / 1e3
+        self._more_seconds[0] = 1 + more_ms / 1e3
+        inputs = (self._signals, self._drafted[drafted], *self._weights, self._pairs[stop_here], self._seconds)
+        if device.type != "cpu":
+            inputs = (tensor.to(device) for tensor in inputs)
         token, _, entropy, confidence, signals, gamma = draft_step(
-            logits, temperature, uniform, self._signals.to(device), self._drafted[drafted].to(device),
-            *(weight.to(device) for weight in (*self._weights, pair, self._seconds)),
-            self._experience.rate / self._experience.scale, **filters)
-        entropy, confidence, gamma = torch.cat([entropy, confidence, gamma.float()]).tolist()
+            logits, temperature, uniform, *inputs, self._experience.rate / self._experience.scale, **filters)
+        entropy, confidence, gamma = read_numbers(entropy, confidence, gamma)
         if gamma < 0 or math.isnan(entropy):
             raise NumericalError("draft_step: row 0: the logits are not a distribution (NaN, +inf, or all -inf)")
         self._signals = signals.cpu()
         signal = Signal(*own, is_estimate=True) if is_estimate else Signal(entropy, confidence)
         self._state.after(signal.confidence)
-        return token, signal, gamma > pair[0]
+        return token, signal, gamma > stop_here
 
     def promise(self, gamma):
         counted = torch.tensor([min(gamma, LONGEST_COUNTED)])

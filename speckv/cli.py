@@ -391,11 +391,28 @@ def paper(
 
 
 @app.command()
-def doctor():
-    """Versions, devices, and which backend serves each op and why."""
-    from speckv.doctor import report
+def doctor(
+    profile: Annotated[bool, typer.Option(
+        "--profile", help="Decode once with the embedded model and tell where the time went; the options below are for "
+                          "this.")] = False,
+    draft: Draft = DEFAULT_DRAFT,
+    compression: Compression = "bf16",
+    policy: Annotated[str, typer.Option(help=f"How many tokens to draft: {POLICIES}.")] = "adaptive",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to decode.")] = 128,
+    fast: Fast = False,
+    threads: Threads = None,
+):
+    """Versions, devices, and which backend serves each op and why; or, with --profile, where a decode's time goes.
 
-    report()
+    Example: speckv doctor --profile --compression nf4 --fast
+    """
+    from speckv.doctor import profile_decode, report
+
+    _set_threads(threads)
+    if profile:
+        profile_decode(compression, draft, policy, max_new_tokens, fast)
+    else:
+        report()
 
 
 def _set_threads(threads):

@@ -44,6 +44,7 @@ class StepCosts:
     def __init__(self):
         self._verify = {}         # positions: _Estimate
         self._draft = {False: _Estimate(), True: _Estimate()}  # a token, by Signal.is_estimate
+        self._fitted = None  # what _line() found since the last record; it is asked for several times a draft token
 
     @property
     def is_empty(self) -> bool:
@@ -56,6 +57,7 @@ class StepCosts:
         Where a model did not draft in the step before (is_warm is False) its first draft token reads what it has missed
         too, and tells nothing of the next.
         """
+        self._fitted = None
         self._verify.setdefault(min(step.gamma + 1, MOST_POSITIONS), _Estimate()).add(step.verify_ms)
         copied = sum(signal.is_estimate for signal in step.signals)
         modelled = step.gamma - copied
@@ -77,7 +79,9 @@ class StepCosts:
         if self.is_empty:
             return 1.0
         positions = min(positions, MOST_POSITIONS)
-        height, slope, center = self._line()
+        if self._fitted is None:
+            self._fitted = self._line()
+        height, slope, center = self._fitted
         line = max(height + slope * (positions - center), 0.1 * height)
         own = self._verify.get(positions)
         if own is None:

@@ -235,7 +235,7 @@ class Run:
         """Keep the emitted tokens up to the first that ends the sequence; returns them and how many were drafted."""
         accepted = len(emitted) - 1
         start = self.length
-        self.ids[0, start:start + len(emitted)] = torch.tensor(emitted)
+        self.ids[0, start + accepted] = emitted[-1]  # those before it were drafted, and stand there already
         end = next((i + 1 for i, token in enumerate(emitted) if self._is_end(token, start + i + 1)), None)
         emitted = emitted[:end]
         self.length = start + len(emitted)

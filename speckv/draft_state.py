@@ -4,8 +4,6 @@ All of it is known before the token it helps to decide about is drawn: the distr
 and what became of earlier drafts. The same code feeds the controller in the loop and its training.
 """
 
-import torch
-
 from speckv.kernels.reference import PAPER_SIGNALS
 
 EXTRA_SIGNALS = (
@@ -36,12 +34,13 @@ class DraftState:
         self._survival = 1.0
 
     def write(self, signals, drafted: int, own) -> None:
-        """Put what is known before draft token number `drafted` (from 0) into signals [1, F]; own is (entropy,
-        confidence) or None. The first four are draft_step's to bring up to date, and stay as they are."""
+        """Put what is known before draft token number `drafted` (from 0) into signals [1, F] on the CPU; own is
+        (entropy, confidence) or None. The first four are draft_step's to bring up to date, and stay as they are."""
         is_estimate = own is not None
-        signals[0, MEASURED:] = torch.tensor([
+        # Through NumPy, which takes a fifth of the time for six numbers.
+        signals.numpy()[0, MEASURED:] = (
             self._level, min(drafted + 1, LONGEST_COUNTED) / LONGEST_COUNTED, float(is_estimate),
-            own[1] if is_estimate else 0.0, self._survival, self.acceptance(is_estimate)])
+            own[1] if is_estimate else 0.0, self._survival, self.acceptance(is_estimate))
 
     def after(self, confidence: float) -> None:
         """The token was drawn from a distribution of this confidence, or of the drafter's own."""

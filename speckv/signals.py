@@ -20,14 +20,21 @@ class Signal(NamedTuple):
     is_estimate: bool = False
 
 
+def read_numbers(*tensors) -> list:
+    """The values of tensors [1], all at once: on a GPU a read waits for the device."""
+    if tensors[0].device.type == "cpu":
+        return [tensor.item() for tensor in tensors]
+    return torch.cat([tensor.double() for tensor in tensors]).tolist()
+
+
 def read_signals(signals) -> tuple:
-    """Signals with every tensor [1] among their numbers read, all at once: on a GPU a read waits for the device.
+    """Signals with every tensor [1] among their numbers read, all at once.
 
     Raises NumericalError where the draft logits were no distribution.
     """
     tensors = [part for signal in signals for part in signal[:2] if isinstance(part, torch.Tensor)]
     if tensors:
-        numbers = iter(torch.cat(tensors).tolist())
+        numbers = iter(read_numbers(*tensors))
         signals = [Signal(*(next(numbers) if isinstance(part, torch.Tensor) else part for part in signal[:2]),
                           signal.is_estimate) for signal in signals]
     for signal in signals:

@@ -1,0 +1,66 @@
+"""bench/gpu.py where there is no GPU, and its check of correctness against the reference's own answers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu
+import pytest
+import torch
+
+from speckv.kernels import reference
+
+SCRIPT = Path(gpu.__file__)
+SMALL = [("draft_sample", 2, 300, None), ("draft_step", 2, 300, None), ("plan_gamma", 2, None, None),
+         ("verify_chain", 2, 300, 0), ("verify_chain", 2, 300, gpu.GAMMA)]
+
+
+def run(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET",
+                                                                                    "SPECKV_BACKEND")}
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=120,
+                          env=environment)
+
+
+def test_compile_only_prints_what_a_kernel_takes():
+    pytest.importorskip("triton", reason="needs Triton: pip install 'speckv[triton]'")
+    result = run("--compile-only", "--targets", "sm_90,gfx942", "--ops", "plan_gamma")
+    assert result.returncode == 0, result.stderr
+    row = next(line for line in result.stdout.splitlines() if "plan_gamma" in line)
+    assert row.count("/ none") == 2
+
+
+def test_expected_has_a_row_for_every_shape():
+    result = run("--expected")
+    assert result.returncode == 0, result.stderr
+    for shape in gpu.SHAPES:
+        assert gpu.label(*shape) in result.stdout
+    for card in gpu.GPUS:
+        assert card.name in result.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_what_it_can_do():
+    result = run()
+    assert result.returncode == 2
+    assert "no GPU here" in result.stderr and "--compile-only" in result.stderr and "--expected" in result.stderr
+
+
+@pytest.mark.parametrize("card", gpu.GPUS, ids=lambda card: card.name)
+def test_more_work_takes_longer_and_nothing_less_than_memory_and_launch(card):
+    times = [card.expected_us(gpu.work_of("draft_sample", rows, 151936, None)) for rows in (1, 64, 1024)]
+    assert gpu.LAUNCH_US < times[0] <= times[1] < times[2]
+    for shape in gpu.SHAPES:
+        work = gpu.work_of(*shape)
+        assert card.expected_us(work) >= card.memory_us(work)
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=lambda shape: gpu.label(*shape))
+def test_the_check_passes_the_right_outputs_and_finds_a_wrong_one(shape):
+    outputs = getattr(reference, shape[0])(*gpu.inputs_of(*shape))
+    assert gpu.wrong_outputs(outputs, outputs) == []
+    if shape[0] == "verify_chain":
+        assert (outputs[1] == shape[3]).all()
+    spoiled = [outputs[0] + 1, *outputs[1:]]
+    assert gpu.wrong_outputs(spoiled, outputs) == [0]
