@@ -11,7 +11,6 @@ import torch
 from transformers import (
     GenerationConfig,
     GenerationMixin,
-    MaxTimeCriteria,
     MinPLogitsWarper,
     SynthIDTextWatermarkLogitsProcessor,
     TemperatureLogitsWarper,
@@ -22,7 +21,7 @@ from transformers import (
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
 from speckv.arguments import checked_seed
-from speckv.decode import generate
+from speckv.batch import generate_batch
 from speckv.drafters import as_drafter
 from speckv.errors import InputError
 from speckv.models import load_drafter
@@ -99,8 +98,8 @@ def custom_generate(model, input_ids, logits_processor, stopping_criteria, gener
     speckv.processors. stop_strings is the one setting that transformers itself does not let through: give
     stopping_criteria=[StopStringCriteria(tokenizer, strings)].
 
-    Rows of a batch, which is padded on the left, are decoded one after another: a row's text does not depend on its
-    neighbours, and is followed by pad_token_id where theirs are longer. scores and logits are 0 behind a row's end.
+    Rows of a batch, which is padded on the left, are decoded by speckv.generate_batch: a row's text does not depend on
+    its neighbours, and is followed by pad_token_id where theirs are longer. scores and logits are 0 behind a row's end.
 
     Returns what model.generate returns: sequences [B, L] i64, or a GenerateDecoderOnlyOutput without attentions,
     hidden states and cache. Raises InputError for what cannot be honoured, and what speckv.generate raises.
@@ -109,8 +108,7 @@ def custom_generate(model, input_ids, logits_processor, stopping_criteria, gener
     streamer = call.get("streamer") if streamer is None else streamer
     _check(generation_config, logits_processor, call, model_kwargs)
     padding = _left_padding(input_ids, model_kwargs)
-    policy = parse_policy(policy)
-    drafter = _drafter(draft_model, policy, model)
+    drafter = _drafter(draft_model, parse_policy(policy), model)
     batch, prompt_length = input_ids.shape
     max_new_tokens, eos_ids, criteria = _split_criteria(stopping_criteria, prompt_length)
     if batch > 1:
@@ -125,12 +123,13 @@ def custom_generate(model, input_ids, logits_processor, stopping_criteria, gener
         processors, sampling = (list(logits_processor), {}) if wants else _split_warpers(logits_processor)
         sampling, seeds = {"temperature": 1.0} | sampling, _seeds(seed, batch)
     rows = [_Row(i, input_ids, padding[i], processors, criteria, wants) for i in range(batch)]
-    texts = [generate(model, drafter, row.prompt, max_new_tokens=max_new_tokens, policy=policy, seed=row_seed,
-                      eos_token_id=eos_ids, on_step=_listener(streamer, on_step), fast=fast,
-                      logits_processor=[row.process] if processors or wants else [],
-                      stopping_criteria=[row.ends] if criteria else [], **sampling
-                      ).sequences[0, row.prompt.shape[1]:]
-             for row, row_seed in zip(rows, seeds, strict=True)]
+    requests = [{"input_ids": row.prompt, "seed": row_seed,
+                 "logits_processor": [row.process] if processors or wants else [],
+                 "stopping_criteria": [row.ends] if criteria else []}
+                for row, row_seed in zip(rows, seeds, strict=True)]
+    outputs = generate_batch(model, drafter, requests, policy, fast, _listener(streamer, on_step),
+                             max_new_tokens=max_new_tokens, eos_token_id=eos_ids, **sampling)
+    texts = [output.sequences[0, output.prompt_length:] for output in outputs]
     if streamer is not None:
         streamer.end()
 
@@ -272,13 +271,10 @@ def _split_criteria(criteria, prompt_length):
 
 
 def _check_batch(streamer, criteria, config):
-    """Raise InputError for what rows that are decoded one after another cannot do."""
+    """Raise InputError for what rows that come on at different speeds cannot do."""
     if streamer is not None:
-        raise InputError("streamer is refused for several sequences, which are decoded one after another: give one "
+        raise InputError("streamer is refused for several sequences, which come on at different speeds: give one "
                          "prompt, and num_return_sequences=1")
-    if any(isinstance(criterion, MaxTimeCriteria) for criterion in criteria):
-        raise InputError("max_time is refused for several sequences, which are decoded one after another: the first "
-                         "would take the time of the others; give one prompt at a time")
     if criteria and config._pad_token_tensor is None:
         raise InputError("the stopping criteria may end one sequence before another, and there is nothing to fill it "
                          "up with: give pad_token_id")
@@ -305,12 +301,9 @@ def _seeds(seed, count) -> list:
 
 
 def _listener(streamer, on_step):
-    """What speckv.generate calls after a step."""
-    if streamer is None:
-        return on_step
-
-    def listen(tokens, record):
-        for token in tokens:
+    """What speckv.generate_batch calls after a step."""
+    def listen(index, tokens, record):
+        for token in tokens if streamer is not None else ():
             streamer.put(torch.tensor([token]))  # one at a time, as from transformers
         if on_step is not None:
             on_step(tokens, record)

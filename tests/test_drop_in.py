@@ -224,8 +224,8 @@ def test_the_test_of_distributions_fails_for_a_wrong_prefix(few, bug, monkeypatc
         "temperature": 1.0})], ids=["all", "typical", "scores"])
 def test_the_ops_are_left_what_they_can_do_unless_scores_are_asked_for(few, monkeypatch, more, left):
     calls = []
-    monkeypatch.setattr(drop_in, "generate", lambda *args, **settings: calls.append(settings) or decode.generate(
-        *args, **settings))
+    monkeypatch.setattr(drop_in, "generate_batch", lambda *args, **settings: calls.append(settings) or (
+        speckv.generate_batch(*args, **settings)))
     speculate(few, torch.tensor([[1, 2]]), do_sample=True, **DRAWN, **more)
     assert [{name: value for name, value in call.items() if name in ("temperature", "top_k", "top_p", "min_p")}
             for call in calls] == [left]
@@ -452,7 +452,7 @@ def idle(pair, monkeypatch):
     """The pair, whose decoding is a failure."""
     def fail(*args, **kwargs):
         raise AssertionError("work was done before the error")
-    monkeypatch.setattr(drop_in, "generate", fail)
+    monkeypatch.setattr(drop_in, "generate_batch", fail)
     return pair
 
 
@@ -491,9 +491,8 @@ def test_a_call_that_cannot_be_honoured_is_refused_by_name(idle, settings, words
 
 @pytest.mark.parametrize("settings, words", [
     ({"streamer": Recorder()}, "streamer is refused for several"),
-    ({"max_time": 9.0}, "max_time is refused for several"),
     ({"stopping_criteria": [Asked(9)], "pad_token_id": None}, "give pad_token_id")], ids=lambda value: "")
-def test_what_rows_in_turn_cannot_do_is_refused(idle, settings, words):
+def test_what_several_rows_cannot_do_is_refused(idle, settings, words):
     idle[0].generation_config.pad_token_id = None
     with pytest.raises(InputError, match=words):
         speculate(idle, torch.cat([prompt_ids(), prompt_ids(seed=1)]), **settings)
