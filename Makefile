@@ -8,7 +8,11 @@ INTERPRETER := TRITON_INTERPRET=1 SPECKV_BACKEND=triton
 # One thread a worker: workers that each use all cores slow each other down tenfold.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: demo test bench lint clean
+# What a user meets; the names that speckv itself has are looked up in these modules when first used.
+DOCUMENTED := $(addprefix speckv.,decode batch drop_in models records policy policies adaptive controller drafters \
+	lookup head processors randomness cost errors kernels)
+
+.PHONY: demo test bench lint docs clean
 
 demo: .venv/installed
 	.venv/bin/speckv demo
@@ -20,6 +24,9 @@ test: .venv/installed
 
 bench: .venv/installed
 	.venv/bin/python bench/run.py
+
+docs: .venv/installed
+	.venv/bin/pdoc --output-directory build/docs $(DOCUMENTED)
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -3,12 +3,9 @@
 import functools
 import itertools
 import random
-import re
-from pathlib import Path
 
 import pytest
 import torch
-from test_models import needs_embedded
 from test_sampling import VOCABULARY as FEW
 from test_sampling import fit
 from tiny_chat import tiny_tokenizer
@@ -496,14 +493,3 @@ def test_what_several_rows_cannot_do_is_refused(idle, settings, words):
     idle[0].generation_config.pad_token_id = None
     with pytest.raises(InputError, match=words):
         speculate(idle, torch.cat([prompt_ids(), prompt_ids(seed=1)]), **settings)
-
-
-@needs_embedded
-def test_the_examples_of_the_how_to_work(capsys):
-    page = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text()
-    blocks, names = re.findall(r"```python\n(.*?)```", page, re.DOTALL), {}
-    for block in blocks:
-        exec(compile(block, "docs/transformers.md", "exec"), names)
-    printed = capsys.readouterr().out
-    assert len(blocks) == 4 and re.search(r"[1-9]\d* of \d+ draft tokens accepted", printed)
-    assert len(names["answer"][0]["generated_text"][-1]["content"]) > 20
