@@ -240,6 +240,7 @@ def profile(
     seed: Annotated[int, typer.Option(help="Which texts are drawn, with a temperature.")] = 0,
     csv: Annotated[Path | None, typer.Option(
         help="Also write the step records to this file, in the columns of the paper's own (arXiv 2605.02888).")] = None,
+    fast: Fast = False,
     threads: Threads = None,
 ):
     """Write texts at every compression and gamma, and record each step and draft token: signals, outcome, time.
@@ -265,7 +266,7 @@ def profile(
     _set_threads(threads)
     chosen = {task: texts[:per_task] for task, texts in (read_prompts(prompts) if prompts else PROMPTS).items()}
     settings = ProfileSettings(target, draft, drafter_hash(draft), _numbers("gammas", gammas),
-                               tuple(_names(compressions)), max_new_tokens, temperature, seed)
+                               tuple(_names(compressions)), max_new_tokens, temperature, seed, fast)
     if csv is not None:
         check_writable(csv.parent)  # now, rather than when all texts are written
     try:

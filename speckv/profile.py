@@ -49,6 +49,7 @@ class ProfileSettings:
     max_new_tokens: int = 128
     temperature: float = 0.0
     seed: int = 0
+    fast: bool = False  # the target is read by the engine, see speckv.fast
 
     def __post_init__(self):
         for name, values in (("gammas", self.gammas), ("compressions", self.compressions)):
@@ -147,6 +148,8 @@ def _cells(prompts, settings):
 def _identity(prompts, settings):
     """All that decides what a run writes and how long it takes, but for the weights, which are not loaded yet."""
     identity = asdict(settings) | {"threads": torch.get_num_threads()}
+    if not settings.fast:
+        del identity["fast"]  # which manifests of before do not have
     for task, texts in prompts.items():
         digest = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
         identity[f"prompts of {task}"] = f"{len(texts)} with hash {digest[:12]}"
@@ -161,14 +164,14 @@ def _write_texts(load, cells, prompts, settings, parts, on_text):
     ids = {(task, rank): encode(prompts[task][rank]).to(target.device) for _, _, rank, task, _ in cells}
     _check_lengths(target, drafter, ids, settings)
     for gamma in settings.gammas:
-        generate(target, drafter, next(iter(ids.values())), policy=Fixed(gamma),
+        generate(target, drafter, next(iter(ids.values())), policy=Fixed(gamma), fast=settings.fast,
                  max_new_tokens=min(WARM_UP_TOKENS, settings.max_new_tokens))
     for cell in cells:
         seed = random.Random(f"{settings.seed}/{cell.sequence}").getrandbits(63)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # not generate's seed, with which less is accepted than in use
             output = generate(target, drafter, ids[cell.task, cell.prompt], max_new_tokens=settings.max_new_tokens,
-                              policy=Fixed(cell.gamma), temperature=settings.temperature)
+                              policy=Fixed(cell.gamma), temperature=settings.temperature, fast=settings.fast)
         text = Text(cell.sequence, cell.prompt, cell.task, cell.compression, settings.draft, settings.temperature,
                     cell.gamma)
         parts.add(cell.sequence, make_records(text, output.steps))

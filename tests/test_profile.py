@@ -270,6 +270,18 @@ def test_settings_that_make_no_sense_are_refused(changes, error, words):
         ProfileSettings("tiny", "noisy", **changes)
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_every_text_is_written_as_fast_as_asked_for(tmp_path, monkeypatch, fast):
+    from speckv import profile as module
+    asked, generate = [], module.generate
+    monkeypatch.setattr(module, "generate", lambda *args, **settings: asked.append(settings["fast"]) or (
+        generate(*args, **settings)))
+    records = run(tmp_path, dataclasses.replace(SETTINGS, fast=fast))
+    assert records.steps.num_rows > 0 and set(asked) == {fast}
+    manifest = json.loads((tmp_path / "profile.json").read_text())
+    assert ("fast" in json.dumps(manifest)) == fast
+
+
 def test_plain_decoding_can_be_profiled(tmp_path):
     settings = dataclasses.replace(SETTINGS, gammas=(0,), compressions=("bf16",))
     records = run(tmp_path, settings, load=lambda compression: (tiny_model(), None, encode))
