@@ -229,7 +229,7 @@ class Run:
                 break
         if not tokens:
             return self.ids[:, :0], None, ()
-        return torch.stack(tokens, dim=1), torch.stack(logits, dim=1), read_signals(signals)
+        return _joined(tokens), _joined(logits), read_signals(signals)
 
     def _keep(self, emitted):
         """Keep the emitted tokens up to the first that ends the sequence; returns them and how many were drafted."""
@@ -256,6 +256,11 @@ class Run:
         if isinstance(error, NumericalError) or re.match(r"(draft_sample|verify_chain): row \d+", str(error)):
             return NumericalError(f"step {len(self._steps)}: {error}")
         return error
+
+
+def _joined(rows):
+    """[1, n, …] of n tensors [1, …]; of one without a copy, which for logits is the size of the vocabulary."""
+    return rows[0].unsqueeze(1) if len(rows) == 1 else torch.stack(rows, dim=1)
 
 
 def _will_draft(policy):
