@@ -405,7 +405,7 @@ def test_a_stop_string_ends_the_text_in_mid_step(pair):
 @pytest.mark.parametrize("settings", [
     {"max_length": 10, "max_new_tokens": None}, {"max_time": 0.0}, {"max_new_tokens": 1},
     {"stopping_criteria": [MaxLengthCriteria(8)]}, {"stopping_criteria": [MaxLengthCriteria(3)]},
-    {"max_new_tokens": None}, {"use_cache": False}, {"length_penalty": 2.0}], ids=str)
+    {"max_new_tokens": None}, {"use_cache": False}, {"length_penalty": 2.0}], ids=lambda settings: ", ".join(settings))
 def test_the_length_is_that_of_transformers(pair, settings):
     assert torch.equal(speculate(pair, prompt_ids(), **settings), write(pair[0], prompt_ids(), **settings))
 
