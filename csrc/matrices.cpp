@@ -215,7 +215,7 @@ void multiply_block(const Matrix& matrix, int64_t block, const Inputs& inputs, f
             case Format::kBFloat16:
                 multiply_bfloat16(
                     static_cast<const uint16_t*>(matrix.values) + begin * matrix.columns, end - begin, matrix.columns,
-                    inputs.half_row(first), count, tile, stride);
+                    inputs.half_row(first), count, first > 0, tile, stride);
                 break;
             case Format::kInt8:
                 multiply_tile(

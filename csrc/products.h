@@ -13,10 +13,10 @@ namespace speckv {
 // out[input * stride + row] for weights [rows, columns] and x [inputs, columns].
 void multiply_float32(
     const float* weights, int64_t rows, int64_t columns, const float* x, int64_t inputs, float* out, int64_t stride);
-// The same of bf16.
+// The same of bf16. is_cached: the weights were read a moment ago, for other inputs.
 void multiply_bfloat16(
-    const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, int64_t inputs, float* out,
-    int64_t stride);
+    const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, int64_t inputs, bool is_cached,
+    float* out, int64_t stride);
 // The same of a block of 32 rows of indices; scale[columns / 64 * scale_stride + row] is bf16. See matrices.h.
 void multiply_four_bit(
     const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table, int64_t columns,
