@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from speckv.arguments import checked_gamma, checked_settings
-from speckv.cache import check_rollback
+from speckv.cache import check_rollback, vocabulary_size
 from speckv.drafters import as_drafter
 from speckv.errors import NumericalError
 from speckv.fast import open_target
@@ -63,7 +63,7 @@ def open_run(target, drafter, input_ids, attention_mask, max_new_tokens, policy,
     """A decode that is about to begin, of arguments that are those of generate and checked as there."""
     policy = parse_policy(policy)
     check_rollback(target, "target")
-    drafter = as_drafter(drafter) if drafter is not None else None
+    drafter = as_drafter(drafter, vocabulary_size(target)) if drafter is not None else None
     session = open_policy(policy, getattr(target, "speckv_compression", None))
     settings = checked_settings(target, drafter, session, input_ids, attention_mask, max_new_tokens, temperature, seed,
                                 eos_token_id, top_k, top_p, min_p, logits_processor, stopping_criteria)
