@@ -158,6 +158,10 @@ def _warn_of_ignored_settings(target):
     if found:
         warnings.warn(f"speckv decodes from the target's logits alone and does not apply {', '.join(found)} of its "
                       "generation_config: model.generate(custom_generate=speckv.custom_generate) does", stacklevel=5)
+    # Other implementations hold the same numbers, and their text is the one written.
+    if getattr(config, "cache_implementation", None) == "quantized":
+        warnings.warn("speckv keeps a cache of its own and does not quantize it: cache_implementation='quantized' of "
+                      "the target's generation_config is ignored", stacklevel=5)
 
 
 def _eos_ids(target, eos_token_id):

@@ -112,7 +112,6 @@ class CachedModel:
         self._cache.crop(-max(0, self.length - length))
         self.length = min(self.length, length)
 
-
     def restore(self) -> bool:
         """Take out what a read that failed halfway has left in some of the layers; returns whether that can be done."""
         if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self._cache.layers):

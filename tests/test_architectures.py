@@ -1,5 +1,7 @@
 """What transformers writes, speckv writes: every kind of decoder, of drafter and of policy, or a refusal by name."""
 
+import warnings
+
 import pytest
 import torch
 from test_head import tiny_head
@@ -97,12 +99,15 @@ def test_the_test_above_fails_where_the_cache_is_cut_in_the_wrong_place(architec
     assert not all(equal)
 
 
-@pytest.mark.parametrize("implementation", ["static", "quantized", "sliding_window"])
-def test_a_cache_named_in_the_generation_config_changes_nothing(implementation):
-    # speckv.generate keeps a cache of its own, whose kind shows in no text; custom_generate, to which the setting is
-    # handed as one of the call, refuses it by name (tests/test_drop_in.py).
+@pytest.mark.parametrize("implementation", ["dynamic", "static", "sliding_window", "quantized"])
+def test_a_cache_named_in_the_generation_config_is_ignored_and_said_to_be_where_the_text_would_change(implementation):
+    # speckv.generate keeps a cache of its own; custom_generate refuses the setting by name (tests/test_drop_in.py).
     target = tiny_model()
     expected = plain(target, prompt_ids())
     target.generation_config.cache_implementation = implementation
-    output = speckv.generate(target, noisy_copy(target), prompt_ids(), max_new_tokens=NEW_TOKENS, policy="fixed:4")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        output = speckv.generate(target, noisy_copy(target), prompt_ids(), max_new_tokens=NEW_TOKENS, policy="fixed:4")
     assert torch.equal(output.sequences, expected)
+    said = [str(warning.message) for warning in caught if "cache_implementation='quantized'" in str(warning.message)]
+    assert len(said) == (implementation == "quantized")
