@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -q --numprocesses=auto --maxprocess
 DOCUMENTED := $(addprefix speckv.,decode batch drop_in models records policy policies adaptive controller drafters \
 	lookup head processors randomness cost errors kernels)
 
-.PHONY: demo test bench lint docs clean
+.PHONY: demo test hostile bench lint docs clean
 
 demo: .venv/installed
 	.venv/bin/speckv demo
@@ -21,6 +21,10 @@ demo: .venv/installed
 test: .venv/installed
 	$(INTERPRETER) $(PYTEST) tests/ops tests/triton tests/test_backends_agree.py
 	$(PYTEST) tests
+
+# The long counts of the tests that search: 20,000 odd inputs of the ops, 1,000 texts in one process.
+hostile: .venv/installed
+	SPECKV_HOSTILE=1 $(PYTEST) tests/test_hostile.py tests/test_robustness.py
 
 bench: .venv/installed
 	.venv/bin/python bench/run.py

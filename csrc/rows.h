@@ -79,10 +79,10 @@ inline int64_t block_count(int64_t vocabulary) {
     return (vocabulary + kBlockSize - 1) / kBlockSize;
 }
 
-// 1 / temperature, kept normal so that neither 0 * inf nor -inf * 0 can appear in (x - shift) * scale.
+// 1 / temperature, kept normal so that neither 0 * inf nor -inf * 0 can appear in (x - shift) * scale: temperatures
+// count as COLDEST or HOTTEST of kernels/reference.py beyond those.
 inline float scale_of(float temperature) {
-    return std::clamp(
-        1.0f / temperature, std::numeric_limits<float>::min(), std::numeric_limits<float>::max());
+    return std::clamp(1.0f / temperature, 1e-37f, 3e38f);
 }
 
 struct Argmax {

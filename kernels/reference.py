@@ -8,7 +8,8 @@ and ``decode_attention`` the attention of a few tokens, both on a CPU.
 
 Conventions shared by all backends: logits are fp32, fp16 or bf16 and all arithmetic is fp32 (cumulative sums fp64);
 the last dimension is unit-stride; a logit of -inf is a masked token with probability exactly 0, never emitted;
-temperature 0 means greedy; uniforms lie in [0, 1) and are inputs, so equal numbers give equal tokens everywhere.
+temperature 0 means greedy, and one beyond COLDEST or HOTTEST counts as that; uniforms lie in [0, 1) and are inputs, so
+equal numbers give equal tokens everywhere.
 """
 
 import math
@@ -17,7 +18,13 @@ import torch
 
 from speckv.kernels import checks
 
+COLDEST, HOTTEST = 1 / 3e38, 1e37  # temperatures that have an inverse in fp32, which kernels multiply by
 PAPER_SIGNALS = ("mean_entropy", "mean_confidence", "max_entropy", "min_confidence", "compression")
+
+
+def divisor(temperature):
+    """What logits are divided by: the temperature, and 1 where it is 0."""
+    return temperature.clamp(COLDEST, HOTTEST).where(temperature > 0, 1.0)
 
 
 def softmax_with_temperature(logits, temperature):
@@ -28,7 +35,7 @@ def softmax_with_temperature(logits, temperature):
     """
     logits = logits.float()
     shifted = logits - logits.amax(dim=-1, keepdim=True)
-    weights = torch.exp(shifted / temperature.where(temperature > 0, 1.0))
+    weights = torch.exp(shifted / divisor(temperature))
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
@@ -71,7 +78,7 @@ def filter_logits(logits, temperature, top_k=None, top_p=None, min_p=None):
         return setting.reshape(-1, *[1] * (logits.dim() - 1)).expand(*logits.shape[:-1], 1)
     temperature = by_row(temperature)
     ordered = logits.sort(dim=-1, descending=True).values
-    scaled = (ordered - ordered[..., :1]) / temperature.where(temperature > 0, 1.0)
+    scaled = (ordered - ordered[..., :1]) / divisor(temperature)
     weights = torch.exp(scaled)
     least = ordered[..., -1:]  # the threshold
     if top_k is not None:

@@ -51,7 +51,7 @@ def usable(temperature):
 
 @triton.jit
 def inverse_temperature(temperature):
-    """1 / temperature, and 1 where greedy; clamped so that neither 0 * inf nor -inf * 0 can arise in a weight."""
+    """1 / temperature, and 1 where greedy; held to COLDEST and HOTTEST, so that no weight is 0 * inf or -inf * 0."""
     return tl.clamp(1.0 / tl.where(temperature > 0, temperature, 1.0), 1e-37, 3e38)
 
 

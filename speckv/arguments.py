@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from speckv.cache import context_limit, rope_switch, vocabulary_size
+from speckv.drafters import other_vocabulary
 from speckv.errors import InputError, ModelError
 from speckv.processors import checked_callables
 
@@ -134,8 +135,7 @@ def _check_pair(target, drafter, gamma, prompt_length, max_new_tokens):
     limits, switches = [context_limit(target)], [rope_switch(target)]
     if drafter is not None:
         if drafter.vocabulary != vocabulary_size(target):
-            raise ModelError(f"draft vocabulary is {drafter.vocabulary}, target {vocabulary_size(target)}: a drafter "
-                             "must share the target's tokenizer; see 'speckv distill'")
+            raise ModelError(other_vocabulary(drafter.vocabulary, vocabulary_size(target)))
         if gamma > 0:
             limits.append(drafter.context)
             switches.append(drafter.rope_switch)
@@ -158,6 +158,10 @@ def _warn_of_ignored_settings(target):
     if found:
         warnings.warn(f"speckv decodes from the target's logits alone and does not apply {', '.join(found)} of its "
                       "generation_config: model.generate(custom_generate=speckv.custom_generate) does", stacklevel=5)
+    # Other implementations hold the same numbers, and their text is the one written.
+    if getattr(config, "cache_implementation", None) == "quantized":
+        warnings.warn("speckv keeps a cache of its own and does not quantize it: cache_implementation='quantized' of "
+                      "the target's generation_config is ignored", stacklevel=5)
 
 
 def _eos_ids(target, eos_token_id):

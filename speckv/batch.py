@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from speckv.decode import open_run
+from speckv.decode import is_out_of_memory, open_run
 from speckv.errors import InputError, NumericalError
 from speckv.fast import FastModel
 from speckv.records import SpecOutput
@@ -58,20 +58,26 @@ def _step(runs):
     started = time.perf_counter()
     read = _read(runs, drafts)
     read_ms = (time.perf_counter() - started) * 1e3
-    rows = {index: draft.tokens.shape[1] + 1 for index, draft in drafts.items()}
+    rows = {index: draft.tokens.shape[1] + 1 for index, (draft, *_) in read.items()}
     of_a_row = read_ms / sum(rows.values())
-    return {index: _named(index, run.commit, drafts[index], *read[index], rows[index] * of_a_row)
-            for index, run in runs.items()}
+    return {index: _named(index, run.commit, *read[index], rows[index] * of_a_row) for index, run in runs.items()}
 
 
 @torch.inference_mode()
 def _read(runs, drafts):
-    """What each run's target makes of its draft."""
-    if not all(isinstance(run.target, FastModel) for run in runs.values()):
-        return {index: run.read(drafts[index]) for index, run in runs.items()}
-    requests = [(run.target, *run.request(drafts[index])) for index, run in runs.items()]
-    wanted = next(iter(runs.values())).wants_hidden  # of the one drafter that all share
-    return dict(zip(runs, FastModel.read_together(requests, wanted), strict=True))
+    """Each run's draft, or what memory leaves of it, and what its target makes of that."""
+    if all(isinstance(run.target, FastModel) for run in runs.values()):
+        requests = [(run.target, *run.request(drafts[index])) for index, run in runs.items()]
+        wanted = next(iter(runs.values())).wants_hidden  # of the one drafter that all share
+        try:
+            read = FastModel.read_together(requests, wanted)
+            return {index: (drafts[index], *some) for index, some in zip(runs, read, strict=True)}
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        for run in runs.values():  # some may have been read
+            run.target.rollback(run.length - 1)
+    return {index: run.read(drafts[index]) for index, run in runs.items()}
 
 
 def _named(index, call, *arguments):

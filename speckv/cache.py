@@ -5,7 +5,7 @@ import inspect
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from speckv.errors import ModelError
 
@@ -82,8 +82,11 @@ class CachedModel:
 
     def __init__(self, model):
         self.model = model
+        self._empty()
+
+    def _empty(self):
         self.length = 0  # tokens in the cache
-        self._cache = DynamicCache(config=model.config)
+        self._cache = DynamicCache(config=self.model.config)
         # Without this a sliding window drops the tokens that a rollback would bring back into view.
         self._cache.activate_past_recording()
 
@@ -108,6 +111,24 @@ class CachedModel:
         # Also with nothing to remove: it lets a sliding window return to its size.
         self._cache.crop(-max(0, self.length - length))
         self.length = min(self.length, length)
+
+    def restore(self) -> bool:
+        """Take out what a read that failed halfway has left in some of the layers; returns whether that can be done."""
+        if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self._cache.layers):
+            return False
+        if self.length == 0:
+            self._empty()
+            return True
+        for layer in self._cache.layers:
+            if not layer.is_initialized:  # one that shares another's keys
+                continue
+            kept = self.length
+            if layer.is_sliding:  # counts the tokens before it has room for them, and holds no more than it needs
+                kept = min(kept, layer.sliding_window - 1)
+                layer.cumulative_length = self.length
+            # Keys and values apart: the memory may have run out between the two.
+            layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
+        return True
 
 
 def context_limit(model):

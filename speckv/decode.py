@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from speckv.arguments import checked_gamma, checked_settings
-from speckv.cache import check_rollback
+from speckv.cache import check_rollback, vocabulary_size
 from speckv.drafters import as_drafter
 from speckv.errors import NumericalError
 from speckv.fast import open_target
@@ -63,7 +63,7 @@ def open_run(target, drafter, input_ids, attention_mask, max_new_tokens, policy,
     """A decode that is about to begin, of arguments that are those of generate and checked as there."""
     policy = parse_policy(policy)
     check_rollback(target, "target")
-    drafter = as_drafter(drafter) if drafter is not None else None
+    drafter = as_drafter(drafter, vocabulary_size(target)) if drafter is not None else None
     session = open_policy(policy, getattr(target, "speckv_compression", None))
     settings = checked_settings(target, drafter, session, input_ids, attention_mask, max_new_tokens, temperature, seed,
                                 eos_token_id, top_k, top_p, min_p, logits_processor, stopping_criteria)
@@ -105,6 +105,7 @@ class Run:
         self._temperature = torch.full((1,), settings.temperature, device=device)
         self._filters = {name: torch.tensor([value], device=device) for name, value in settings.filters.items()}
         self._numbers = random_numbers(settings)
+        self._longest_draft = settings.max_new_tokens
 
     @torch.inference_mode()
     def prefill(self):
@@ -127,14 +128,31 @@ class Run:
         """Draft, verify, commit; returns the new token ids and the step's record."""
         draft = self.draft()
         started = time.perf_counter()
-        logits, hidden = self.read(draft)
+        draft, logits, hidden = self.read(draft)
         return self.commit(draft, logits, hidden, (time.perf_counter() - started) * 1e3)
 
     @torch.inference_mode()
     def read(self, draft):
-        """The target's logits [1, n + 1, V] after the last token that stands and after each of the draft, and the
-        hidden states that the drafter wants."""
-        return self.target.read(*self.request(draft), self.wants_hidden)
+        """The draft, the target's logits [1, n + 1, V] after the last token that stands and after each of the draft,
+        and the hidden states that the drafter wants.
+
+        Where memory does not suffice, the draft is cut in half, and none of this text is longer from then on. That
+        depends on how many tokens there are and not on what they are, so the output stays the target's.
+        """
+        while True:
+            try:
+                return draft, *self.target.read(*self.request(draft), self.wants_hidden)
+            except (RuntimeError, MemoryError) as error:
+                if draft.tokens.shape[1] == 0 or not is_out_of_memory(error) or not self.target.restore():
+                    raise
+            # Out here nothing of the pass that failed is held any more.
+            self._longest_draft = draft.tokens.shape[1] // 2
+            draft = self._cut(draft, self._longest_draft)
+
+    def _cut(self, draft, gamma):
+        """The first tokens of a draft."""
+        return Draft(draft.tokens[:, :gamma], draft.logits[:, :gamma] if gamma else None, draft.signals[:gamma],
+                     self._policy.promise(gamma) if gamma else None, draft.uniform[:, :gamma + 1], draft.ms)
 
     def request(self, draft):
         """What the target is to read to verify a draft: the text with it, and after how many tokens logits are needed.
@@ -181,7 +199,7 @@ class Run:
     def _drafted(self):
         started = time.perf_counter()
         # The target adds a token of its own, so one less than what is missing is worth drafting.
-        gamma = min(checked_gamma(self._policy, self._draft), self.end - self.length - 1)
+        gamma = min(checked_gamma(self._policy, self._draft), self._longest_draft, self.end - self.length - 1)
         to_draft, to_verify = self._numbers.of_step(self.length - self._prompt_length, gamma)
         tokens, logits, signals = self._draft_tokens(gamma, to_draft.to(self.ids.device, non_blocking=True))
         gamma = tokens.shape[1]
@@ -256,6 +274,12 @@ class Run:
         if isinstance(error, NumericalError) or re.match(r"(draft_sample|verify_chain): row \d+", str(error)):
             return NumericalError(f"step {len(self._steps)}: {error}")
         return error
+
+
+def is_out_of_memory(error) -> bool:
+    """Whether an allocation failed: on a GPU, on a CPU in PyTorch's words, or elsewhere."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(
+        re.search(r"can't allocate memory|not enough memory|bad_alloc", str(error)))
 
 
 def _joined(rows):

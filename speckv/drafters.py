@@ -2,7 +2,15 @@
 
 from typing import Protocol
 
+from torch.nn.functional import pad
+
 from speckv.cache import CachedModel, check_rollback, context_limit, rope_switch, vocabulary_size
+from speckv.errors import ModelError
+
+# How far the widths of two models' logits may lie apart and still be taken for one tokenizer's, padded differently: so
+# many ids, and this share of the wider. Qwen2.5 has 151,936 and 152,064 by size, Pythia 50,304 to 50,688.
+MOST_PADDING = 1024
+MOST_PADDING_SHARE = 1 / 16
 
 
 class Drafter(Protocol):
@@ -41,20 +49,32 @@ class DraftSession(Protocol):
 
 
 class CausalLMDrafter:
-    """Any causal language model that shares the target's tokenizer."""
+    """Any causal language model that shares the target's tokenizer.
+
+    vocabulary is the width of the target's logits, where it is not the model's own: models of one tokenizer pad it to
+    different widths. Ids that the model lacks are never drafted, and are read as its last one; ids that the target
+    lacks are drafted no more. What is verified is drawn from what is left, so the output stays the target's own, and
+    two tokenizers that this takes for one cost acceptance alone. Raises ModelError where the widths differ by more
+    than padding.
+    """
 
     wants_hidden = ()
 
-    def __init__(self, model):
+    def __init__(self, model, vocabulary=None):
         check_rollback(model, "drafter")
         self.model = model
         self.name = type(model).__name__
-        self.vocabulary = vocabulary_size(model)
+        self.vocabulary = vocabulary_size(model) if vocabulary is None else vocabulary
         self.context = context_limit(model)
         self.rope_switch = rope_switch(model)
+        widths = sorted((self.vocabulary, vocabulary_size(model)))
+        if widths[1] - widths[0] > min(MOST_PADDING, widths[1] * MOST_PADDING_SHARE):
+            raise ModelError(other_vocabulary(vocabulary_size(model), vocabulary))
 
     def open(self):
-        return _CausalLMSession(self.model)
+        if self.vocabulary == vocabulary_size(self.model):
+            return _CausalLMSession(self.model)
+        return _PaddedSession(self.model, self.vocabulary)
 
 
 class _CausalLMSession:
@@ -68,6 +88,25 @@ class _CausalLMSession:
         self._model.rollback(length)
 
 
-def as_drafter(drafter) -> Drafter:
-    """A drafter object as it is; a transformers model wrapped in one."""
-    return drafter if hasattr(drafter, "open") and hasattr(drafter, "vocabulary") else CausalLMDrafter(drafter)
+class _PaddedSession(_CausalLMSession):
+    """A model's session with its logits brought to another width."""
+
+    def __init__(self, model, vocabulary):
+        super().__init__(model)
+        self._own, self._vocabulary = vocabulary_size(model), vocabulary
+
+    def next_logits(self, ids):
+        logits = super().next_logits(ids.clamp(max=self._own - 1))
+        return pad(logits, (0, self._vocabulary - self._own), value=float("-inf"))  # by less than 0: cut
+
+
+def as_drafter(drafter, vocabulary=None) -> Drafter:
+    """A drafter object as it is; a transformers model wrapped in one, for a target of this vocabulary."""
+    is_drafter = hasattr(drafter, "open") and hasattr(drafter, "vocabulary")
+    return drafter if is_drafter else CausalLMDrafter(drafter, vocabulary)
+
+
+def other_vocabulary(own, target) -> str:
+    """What to say of a drafter whose logits have another width than the target's."""
+    return (f"draft vocabulary is {own}, target {target}: a drafter must share the target's tokenizer; see "
+            "'speckv distill'")

@@ -22,6 +22,7 @@ from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput,
 
 from speckv.arguments import checked_seed
 from speckv.batch import generate_batch
+from speckv.cache import vocabulary_size
 from speckv.drafters import as_drafter
 from speckv.errors import InputError
 from speckv.models import load_drafter
@@ -255,7 +256,7 @@ def _drafter(draft_model, policy, model):
         return None
     if isinstance(draft_model, str | Path):
         draft_model = load_drafter(draft_model, model)
-    return as_drafter(draft_model)
+    return as_drafter(draft_model, vocabulary_size(model))
 
 
 def _split_criteria(criteria, prompt_length):

@@ -99,6 +99,9 @@ class FastModel:
     def rollback(self, length: int) -> None:
         self._session.rollback(length)
 
+    def restore(self) -> bool:
+        return True  # a pass that fails has not moved the counter
+
 
 def _inner(layers):
     """The layers that the engine is asked for, ascending; the last hidden states come by themselves."""

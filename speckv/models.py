@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from speckv import attention, drafter_folder, head, pruned
 from speckv.cache import vocabulary_size
 from speckv.compression import COMPRESSIONS
+from speckv.drafters import CausalLMDrafter
 from speckv.errors import ModelError
 from speckv.files import atomic_folder, cache_folder, check_writable, locked, sha256
 from speckv.kernels import serving
@@ -206,7 +207,8 @@ def load_drafter(name_or_path: str, target):
     name_or_path is "smollm2" (the shipped one), a folder that 'speckv distill' wrote, or any causal language model
     by folder or Hugging Face name, loaded in the target's dtype; or "lookup" (prompt lookup, which needs no model), or
     "lookup+" and one of the others (lookup first, that drafter elsewhere). Raises ModelError for a file that is
-    corrupt or weights or a vocabulary that do not fit the target.
+    corrupt or weights or a vocabulary that do not fit the target; one that is padded to another width than the
+    target's does (see speckv.drafters.CausalLMDrafter).
 
     A feature head for a 16-bit or quantized target on the CPU is held in int8: it drafts sooner, and what it drafts is
     verified whatever it is.
@@ -228,10 +230,9 @@ def load_drafter(name_or_path: str, target):
     except LOADING_ERRORS as error:
         raise ModelError(
             f"{name_or_path!r} is neither a drafter folder nor a causal language model: {error}") from error
-    if vocabulary_size(drafter) != vocabulary_size(target):
-        raise ModelError(f"draft vocabulary is {vocabulary_size(drafter)}, target {vocabulary_size(target)}: a drafter "
-                         "must share the target's tokenizer; see 'speckv distill'")
-    return drafter.to(target.device).eval()
+    drafter = drafter.to(target.device).eval()
+    vocabulary = vocabulary_size(target)
+    return drafter if vocabulary_size(drafter) == vocabulary else CausalLMDrafter(drafter, vocabulary)
 
 
 def _load_head(target, tensors):

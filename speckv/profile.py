@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from speckv import drafter_folder, head, pruned
-from speckv.cache import context_limit
+from speckv.cache import context_limit, vocabulary_size
 from speckv.corpus import target_identity
 from speckv.decode import generate
 from speckv.drafters import as_drafter
@@ -180,7 +180,8 @@ def _write_texts(load, cells, prompts, settings, parts, on_text):
 
 def _check_lengths(target, drafter, ids, settings):
     """Refuse a prompt that does not fit, before hours are spent on those before it."""
-    limits = [context_limit(target), as_drafter(drafter).context if drafter is not None else None]
+    vocabulary = vocabulary_size(target)
+    limits = [context_limit(target), as_drafter(drafter, vocabulary).context if drafter is not None else None]
     limit = min((limit for limit in limits if limit is not None), default=math.inf)
     for (task, rank), prompt in ids.items():
         needed = prompt.shape[1] + settings.max_new_tokens

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from speckv import adaptive, controller, decode, policy, randomness
+from speckv.cache import vocabulary_size
 from speckv.drafters import as_drafter
 from speckv.policies import parse_policy
 from speckv.records import SpecOutput
@@ -95,7 +96,7 @@ class _Opened:
 def profile(target, drafter, input_ids, policy="adaptive", **settings) -> Profile:
     """speckv.generate with the same arguments and the same text, timed."""
     timers = _Timers()
-    drafter = None if drafter is None else _Opened(as_drafter(drafter), timers, _DRAFT_METHODS)
+    drafter = None if drafter is None else _Opened(as_drafter(drafter, vocabulary_size(target)), timers, _DRAFT_METHODS)
     timed_policy = _Opened(parse_policy(policy), timers, _POLICY_METHODS)
     with _replaced(timers):
         started = time.perf_counter()

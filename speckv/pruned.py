@@ -9,6 +9,7 @@ import copy
 import torch
 from torch import nn
 
+from speckv.cache import check_rollback
 from speckv.errors import ModelError
 
 KIND = "pruned"
@@ -34,6 +35,7 @@ def prune(target, num_layers: int):
     The layers and the final norm are new, uninitialised modules on the meta device; everything else is shared with
     the target. The result is a transformers model like any other.
     """
+    check_rollback(target, "target")
     name, layers = decoder_layers(target)
     if type(num_layers) is not int or not 1 <= num_layers < len(layers):
         raise ModelError(f"num_layers is {num_layers}: choose 1 to {len(layers) - 1}, the target has {len(layers)}")

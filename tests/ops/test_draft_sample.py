@@ -21,6 +21,7 @@ from helpers_ops import (
 from oracle_ops import assert_draft_sample_agrees
 
 from speckv.kernels import draft_sample
+from speckv.kernels.reference import COLDEST, HOTTEST
 
 INF = float("inf")
 
@@ -110,6 +111,16 @@ def test_a_tiny_temperature_splits_the_mass_among_ties_only(temperature):
     logits = torch.tensor([[1.0, 5.0, 4.999, 5.0]]).expand(2, 4)
     token, prob, _, _ = draft_sample(logits, torch.full((2,), temperature), torch.tensor([0.49, 0.51]))
     assert token.tolist() == [1, 3] and prob.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("logits, temperature, counts_as", [
+    ([3.3e-39, 1.3e-39, 3e-40], 1e-45, COLDEST), ([2e38, 0.0, -1e38], 3e38, HOTTEST)], ids=["coldest", "hottest"])
+def test_a_temperature_without_an_inverse_counts_as_the_nearest_that_has_one(logits, temperature, counts_as):
+    weights = [math.exp((logit - logits[0]) / counts_as) for logit in logits]
+    for uniform in (0.01, 0.3, 0.6, 0.99):
+        token, prob, _, _ = one_row(logits, temperature, uniform)
+        assert sum(weights[:token]) < uniform * sum(weights) < sum(weights[:token + 1])
+        assert prob == pytest.approx(weights[token] / sum(weights), rel=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1e30, 3e38])
