@@ -190,9 +190,10 @@ class _HeadSession:
     def _take_in(self):
         """Work out what the positions observed since the last draft bring, those of rejected tokens left out."""
         if self._pending:
-            start = self._pending[0][0]
-            hidden = torch.cat([hidden for _, hidden in self._pending], dim=1)
-            self._brought[:, start:start + hidden.shape[1]] = self._reader.observed(hidden)
+            first, hidden = self._pending[0][0], torch.cat([hidden for _, hidden in self._pending], dim=1)
+            start = max(first, self._first - 1)  # what lies before is not read
+            if start < first + hidden.shape[1]:
+                self._brought[:, start:first + hidden.shape[1]] = self._reader.observed(hidden[:, start - first:])
             self._pending.clear()
 
     def _room(self, positions):
