@@ -27,13 +27,13 @@ def generate_batch(target, drafter, requests, policy="adaptive", fast=False, on_
     by name is opened for each text anew; a Policy object serves all. on_step(index, tokens, record) is called after
     every step of every text.
 
-    What a text says does not depend on the others. With fast the target reads all of them in one pass, which takes
-    little longer than a pass over one text, and every token has the same bits as alone; a target that the engine cannot
-    read is run for one text after the other, which saves no time. A step's verify_ms is its share, by tokens, of the
-    pass it was verified in.
+    What a text says does not depend on the others. With fast the target reads all of them in one pass, sooner than in
+    a pass for each (see docs/fast.md), and every token has the same bits as alone; a target that the engine cannot read
+    is run for one text after the other, which saves no time. A step's verify_ms is its share, by tokens, of the pass it
+    was verified in.
 
-    Raises what speckv.generate raises, with the number of the request, before any work where an argument cannot be
-    used.
+    Raises what speckv.generate raises, an InputError and a NumericalError with the number of the request; InputError
+    and ModelError before any work.
     """
     runs = []
     for index, request in enumerate(_requests(requests, shared)):

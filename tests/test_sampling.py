@@ -166,13 +166,13 @@ def test_a_seed_gives_the_text_of_plain_decoding_whatever_drafts(draft, policy, 
     assert torch.equal(longer.sequences[:, :plain.sequences.shape[1]], plain.sequences)
 
 
-def accept_as_drafted(target_logits, draft_tokens, temperature, uniform, **filters):
+def numbers_of_the_position_before(target_logits, draft_tokens, temperature, uniform, **filters):
     """A planted bug: numbers one position off."""
     return randomness.verify_coupled(target_logits, draft_tokens, temperature, uniform.roll(1, dims=1), **filters)
 
 
 def test_the_test_above_fails_where_numbers_are_mixed_up(monkeypatch):
-    monkeypatch.setattr(decode, "verify_coupled", accept_as_drafted)
+    monkeypatch.setattr(decode, "verify_coupled", numbers_of_the_position_before)
     with pytest.raises(AssertionError):
         test_a_seed_gives_the_text_of_plain_decoding_whatever_drafts("model", "fixed:5", {})
 
