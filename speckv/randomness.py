@@ -7,8 +7,8 @@ and end, and a policy that goes by measured time decides that anew in every run.
 With a seed every position of the text has a number of its own. Drafter and target both invert their own distribution's
 cumulative sum at it, and a draft token stands where the two agree: what is written is what the target alone draws with
 these numbers, with any drafter, any policy, in any batch. The two agree less often than they could: nearly as often as
-rejection accepts at low temperatures, little more than half as often at 1 (bench/seeds.py). What the target draws at a position depends
-on its own number and the text before alone, so the distribution is the target's.
+rejection accepts at low temperatures, little more than half as often at 1 (bench/seeds.py). What the target draws at a
+position depends on its own number and the text before alone, so the distribution is the target's.
 """
 
 import torch
