@@ -159,7 +159,8 @@ def test_a_seed_gives_the_text_of_plain_decoding_whatever_drafts(draft, policy, 
     plain = speckv.generate(target, None, PROMPT, policy="off", **settings)
     output = speckv.generate(target, drafter, PROMPT, policy="off" if drafter is None else policy, **settings)
     assert torch.equal(output.sequences, plain.sequences)
-    assert drafter is None or "lookup" in draft or draft == "head" or output.accepted > 0
+    if draft == "model" and policy != "adaptive":  # which goes by the clock, and may find nothing worth drafting
+        assert output.accepted > 0
     other = speckv.generate(target, drafter, PROMPT, policy="off", **settings | {"seed": 8})
     assert not torch.equal(other.sequences, plain.sequences)
     longer = speckv.generate(target, None, PROMPT, policy="off", **settings | {"max_new_tokens": 100})
