@@ -195,8 +195,8 @@ MATH = (
     "{name} saves ${a} each week. How many weeks until there are ${c}?",
     "If {d} workers build a wall in {b} days, how long do {a} workers need?",
     "{name} bakes {c} {things} and puts them in bags of {b}. {d} bags are sold for ${a} each. How much is "
-    "earned, and how many {things} remain?", "There are {a} rows of {b} seats at {place}, and {c} people come. How many "
-    "must stand?",
+    "earned, and how many {things} remain?", "There are {a} rows of {b} seats at {place}, and {c} people come. How "
+    "many must stand?",
     "{name} has three times as many {things} as {friend}, who has {a} more than {b}. How many has {name}?",
     "In a class of {a} pupils, {b} play football, {d} play chess and none does both. What percentage does neither?",
     "A tank holds {c} litres. {a} litres run out each hour and {b} run in. When is it empty?",
