@@ -58,7 +58,7 @@ SPECKV_CLONES void add_values(
 
 }  // namespace
 
-void attend(const Problem& problem, int64_t batch, int64_t group, std::vector<float>& room, float* out) {
+void attend(const Problem& problem, int64_t batch, int64_t group, Buffer<float>& room, float* out) {
     const int64_t rows = problem.rows();
     const int64_t stride = padded(problem.positions);
     const int64_t key_width = padded(problem.key.size);

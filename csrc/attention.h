@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "buffers.h"
 #include "rows.h"
 #include "vectors.h"
 
@@ -43,6 +44,6 @@ inline int64_t padded(int64_t size) {
 
 // All query heads that share a key: out [rows, padded(value.size)] fp32. What a row gets does not depend on the rows
 // beside it. room is scratch.
-void attend(const Problem& problem, int64_t batch, int64_t group, std::vector<float>& room, float* out);
+void attend(const Problem& problem, int64_t batch, int64_t group, Buffer<float>& room, float* out);
 
 }  // namespace speckv

@@ -60,7 +60,7 @@ Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& va
     Tensor out = empty<4>({batch, problem.queries, heads, size}, dtype_of(query));
     auto* const start = mutable_data<std::byte>(out);
     const auto run = [&](int64_t begin, int64_t end) {
-        thread_local std::vector<float> room, results;
+        thread_local Buffer<float> room, results;
         const int64_t width = padded(size);
         results.resize(problem.rows() * width);
         for (int64_t task = begin; task < end; ++task) {

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "attention.h"
+#include "buffers.h"
 #include "simd.h"
 
 namespace speckv {
@@ -91,7 +92,7 @@ public:
 
 private:
     struct Buffers {
-        std::vector<float> normed, query, key, value, attended, gate, up, delta, cosine, sine;
+        Buffer<float> normed, query, key, value, attended, gate, up, delta, cosine, sine;
         std::vector<Problem> problems;
         std::vector<float*> outs;
         Inputs inputs;
@@ -196,7 +197,7 @@ private:
             const int64_t group = index % groups;
             const Problem& problem = buffers_->problems[index / groups];
             float* const out = buffers_->outs[index / groups];
-            static thread_local std::vector<float> room, results;
+            static thread_local Buffer<float> room, results;
             results.resize(problem.rows() * padded(size));
             attend(problem, 0, group, room, results.data());
             for (int64_t row = 0; row < problem.rows(); ++row) {

@@ -8,6 +8,7 @@
 #include <map>
 #include <mutex>
 
+#include "buffers.h"
 #include "checks.h"
 #include "decoder.h"
 
@@ -172,7 +173,7 @@ std::tuple<Tensor, Tensor> read_decoder(
     Tensor states = empty_float32<2>({count, width});
     Tensor last = empty_float32<2>({count, hidden});
     const Tensor embedded = as_contiguous(x);
-    static thread_local std::vector<float> residual;
+    static thread_local Buffer<float> residual;
     residual.assign(data<float>(embedded), data<float>(embedded) + count * hidden);
     with_team(hidden * decoder->intermediate * static_cast<int64_t>(decoder->layers.size()), [&](Team& team) {
         read_tokens(*decoder, team, spans, residual.data(), layers, mutable_data<float>(states), width);

@@ -157,7 +157,7 @@ void Inputs::round_to_bytes(float threshold) {
     outliers_.resize(count_);
     halves_.resize(count_ * columns_);
     store_bfloat16(values_, count_ * columns_, halves_.data());
-    static thread_local std::vector<float> kept;
+    static thread_local Buffer<float> kept;
     kept.resize(columns_);
     for (int64_t i = 0; i < count_; ++i) {
         load_bfloat16(half_row(i), columns_, kept.data());
@@ -203,8 +203,9 @@ void finish_bytes(
 void multiply_block(const Matrix& matrix, int64_t block, const Inputs& inputs, float* out, int64_t stride) {
     const int64_t begin = block * kBlockRows;
     const int64_t end = std::min(begin + kBlockRows, matrix.rows);
-    for (int64_t first = 0; first < inputs.count(); first += kTileInputs) {
-        const int64_t count = std::min(kTileInputs, inputs.count() - first);
+    const int64_t most = matrix.format == Format::kBFloat16 ? kTileHalves : kTileInputs;
+    for (int64_t first = 0; first < inputs.count(); first += most) {
+        const int64_t count = std::min(most, inputs.count() - first);
         float* const tile = out + first * stride + begin;
         switch (matrix.format) {
             case Format::kFloat32:

@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "buffers.h"
 #include "linear_int8.h"
 #include "tensors.h"
 
@@ -88,9 +89,9 @@ private:
 
     bool has_halves_ = false, has_chunks_ = false;
     float bytes_threshold_ = -1;  // that bytes_ were made with
-    std::vector<uint16_t> halves_;
+    Buffer<uint16_t> halves_;
     std::vector<Chunk> chunks_;
-    std::vector<uint8_t> bytes_;  // 128 more than the rounded values
+    Buffer<uint8_t> bytes_;  // 128 more than the rounded values
     std::vector<float> byte_scales_;
     std::vector<std::vector<Outlier>> outliers_;
 };

@@ -188,10 +188,69 @@ SPECKV_BF16_UNITS inline __m128 sum_four(__m512 a, __m512 b, __m512 c, __m512 d)
     return _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
 }
 
+// The same of integers.
+SPECKV_BF16_UNITS inline __m128i sum_four(__m512i a, __m512i b, __m512i c, __m512i d) {
+    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    const __m512i four = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i two = _mm256_add_epi32(_mm512_castsi512_si256(four), _mm512_extracti32x8_epi32(four, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1));
+}
+
+// Vectors of a row, one after the other. Weights lie where a file was mapped, mostly across cache lines; a load that
+// takes two lines costs two, so whole lines are loaded and each vector is put together from two of them.
+class Lines {
+public:
+    SPECKV_BF16_UNITS explicit Lines(const uint16_t* start) {
+        const auto address = reinterpret_cast<uintptr_t>(start);
+        next_ = reinterpret_cast<const char*>(address / kLineBytes * kLineBytes);
+        const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        from_ = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(address % kLineBytes / 4)));
+        line_ = _mm512_load_si512(next_);
+    }
+
+    SPECKV_BF16_UNITS __m512bh take() {
+        next_ += kLineBytes;
+        _mm_prefetch(next_ + kPrefetchBytes, _MM_HINT_T0);
+        const __m512i following = _mm512_load_si512(next_);
+        const __m512i values = _mm512_permutex2var_epi32(line_, from_, following);
+        line_ = following;
+        return (__m512bh)values;
+    }
+
+    // Whether rows of so many columns from here on can be taken so, and must be: not those at the start of a line.
+    static bool serves(const uint16_t* start, int64_t columns) {
+        const auto offset = reinterpret_cast<uintptr_t>(start) % kLineBytes;
+        return offset != 0 && offset % 4 == 0 && columns % 64 == 0;
+    }
+
+private:
+    static constexpr int64_t kLineBytes = 64;
+    const char* next_;
+    __m512i from_, line_;
+};
+
+// Vectors of a row from any address.
+class Loads {
+public:
+    SPECKV_BF16_UNITS explicit Loads(const uint16_t* start) : next_(start) {}
+
+    SPECKV_BF16_UNITS __m512bh take() {
+        _mm_prefetch(reinterpret_cast<const char*>(next_) + kPrefetchBytes, _MM_HINT_T0);
+        const auto values = (__m512bh)_mm512_loadu_si512(next_);
+        next_ += 32;
+        return values;
+    }
+
+private:
+    const uint16_t* next_;
+};
+
 // `together` rows at a time, whose sums are those of a row alone.
-template <int together, int inputs>
+template <class Stream, int together, int inputs>
 SPECKV_BF16_UNITS inline void some_rows_in_units(
     const uint16_t* values, int64_t columns, const uint16_t* x, float* out, int64_t stride) {
+    static_assert(together == 1 || together == 2);
     const int64_t whole = columns / 64 * 64;
     __m512 sums[together][inputs][2];
     for (auto& row : sums) {
@@ -199,17 +258,16 @@ SPECKV_BF16_UNITS inline void some_rows_in_units(
             sum[0] = sum[1] = _mm512_setzero_ps();
         }
     }
+    Stream streams[2] = {Stream(values), Stream(values + (together - 1) * columns)};
     for (int64_t i = 0; i < whole; i += 64) {
 #pragma GCC unroll 2
         for (int chain = 0; chain < 2; ++chain) {
-            const uint16_t* const from = values + i + 32 * chain;
             __m512bh weight[together];
 #pragma GCC unroll 2
             for (int row = 0; row < together; ++row) {
-                _mm_prefetch(reinterpret_cast<const char*>(from + row * columns) + kPrefetchBytes, _MM_HINT_T0);
-                weight[row] = (__m512bh)_mm512_loadu_si512(from + row * columns);
+                weight[row] = streams[row].take();
             }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int input = 0; input < inputs; ++input) {
                 const auto value = (__m512bh)_mm512_loadu_si512(x + input * columns + i + 32 * chain);
 #pragma GCC unroll 2
@@ -232,56 +290,84 @@ SPECKV_BF16_UNITS inline void some_rows_in_units(
     }
 #pragma GCC unroll 2
     for (int row = 0; row < together; ++row) {
-        __m512 wholes[4];
-        for (int input = 0; input < 4; ++input) {
-            wholes[input] = input < inputs ? _mm512_add_ps(sums[row][input % inputs][0], sums[row][input % inputs][1])
+#pragma GCC unroll 2
+        for (int first = 0; first < inputs; first += 4) {
+            __m512 wholes[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                const int input = first + i;
+                wholes[i] = input < inputs ? _mm512_add_ps(sums[row][input % inputs][0], sums[row][input % inputs][1])
                                            : _mm512_setzero_ps();
-        }
-        alignas(16) float four[4];
-        _mm_store_ps(four, sum_four(wholes[0], wholes[1], wholes[2], wholes[3]));
-        for (int input = 0; input < inputs; ++input) {
-            out[input * stride + row] = four[input];
+            }
+            alignas(16) float four[4];
+            _mm_store_ps(four, sum_four(wholes[0], wholes[1], wholes[2], wholes[3]));
+            for (int input = first; input < inputs && input < first + 4; ++input) {
+                out[input * stride + row] = four[input - first];
+            }
         }
     }
 }
 
-// Row after row: with several at a time a core reads less than two thirds as fast. But where the rows lie in a cache
-// already, two at a time share what is loaded of the inputs.
-template <int inputs>
-SPECKV_BF16_UNITS void rows_in_units(
+// Row after row: with several at a time a core reads less fast. But where the rows lie in a cache already, two at a time
+// share what is loaded of a few inputs.
+template <class Stream, int inputs>
+SPECKV_BF16_UNITS void all_rows_in_units(
     const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, bool is_cached, float* out,
     int64_t stride) {
     int64_t row = 0;
-    for (; is_cached && row + 2 <= rows; row += 2) {
-        some_rows_in_units<2, inputs>(weights + row * columns, columns, x, out + row, stride);
+    if constexpr (inputs <= 4) {
+        for (; is_cached && row + 2 <= rows; row += 2) {
+            some_rows_in_units<Stream, 2, inputs>(weights + row * columns, columns, x, out + row, stride);
+        }
     }
     for (; row < rows; ++row) {
-        some_rows_in_units<1, inputs>(weights + row * columns, columns, x, out + row, stride);
+        some_rows_in_units<Stream, 1, inputs>(weights + row * columns, columns, x, out + row, stride);
     }
+}
+
+template <int inputs>
+void rows_in_units(
+    const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, bool is_cached, float* out,
+    int64_t stride) {
+    if (inputs > 1 && Lines::serves(weights, columns)) {
+        return all_rows_in_units<Lines, inputs>(weights, rows, columns, x, is_cached, out, stride);
+    }
+    return all_rows_in_units<Loads, inputs>(weights, rows, columns, x, is_cached, out, stride);
 }
 
 template <int inputs>
 SPECKV_BF16_UNITS void bytes_in_units(
     const int8_t* weights, int64_t rows, int64_t columns, const uint8_t* x, int32_t* out, int64_t stride) {
+    const int64_t whole = columns / 64 * 64;
     for (int64_t row = 0; row < rows; ++row) {
         const int8_t* const values = weights + row * columns;
-        __m512i sums[inputs];
+        __m512i sums[4];
         for (auto& sum : sums) {
             sum = _mm512_setzero_si512();
         }
-        for (int64_t i = 0; i < columns; i += 64) {
-            const int64_t left = std::min<int64_t>(64, columns - i);
-            const auto mask = static_cast<__mmask64>(~uint64_t{0} >> (64 - left));
+        for (int64_t i = 0; i < whole; i += 64) {
             _mm_prefetch(reinterpret_cast<const char*>(values + i) + kPrefetchBytes, _MM_HINT_T0);
-            const __m512i weight = _mm512_maskz_loadu_epi8(mask, values + i);
+            const __m512i weight = _mm512_loadu_si512(values + i);
 #pragma GCC unroll 4
             for (int input = 0; input < inputs; ++input) {
-                const __m512i value = _mm512_maskz_loadu_epi8(mask, x + input * columns + i);
+                const __m512i value = _mm512_loadu_si512(x + input * columns + i);
                 sums[input] = _mm512_dpbusd_epi32(sums[input], value, weight);
             }
         }
+        if (whole < columns) {
+            const auto mask = static_cast<__mmask64>(~uint64_t{0} >> (64 - (columns - whole)));
+            const __m512i weight = _mm512_maskz_loadu_epi8(mask, values + whole);
+#pragma GCC unroll 4
+            for (int input = 0; input < inputs; ++input) {
+                const __m512i value = _mm512_maskz_loadu_epi8(mask, x + input * columns + whole);
+                sums[input] = _mm512_dpbusd_epi32(sums[input], value, weight);
+            }
+        }
+        alignas(16) int32_t four[4];
+        _mm_store_si128(reinterpret_cast<__m128i*>(four), sum_four(sums[0], sums[1], sums[2], sums[3]));
+#pragma GCC unroll 4
         for (int input = 0; input < inputs; ++input) {
-            out[input * stride + row] = _mm512_reduce_add_epi32(sums[input]);
+            out[input * stride + row] = four[input];
         }
     }
 }
@@ -411,10 +497,19 @@ void multiply_bfloat16(
     float* out, int64_t stride) {
 #if defined(__x86_64__)
     if (has_bf16_units()) {
-        SPECKV_BY_INPUTS(inputs, rows_in_units, weights, rows, columns, x, is_cached, out, stride)
+        switch (inputs) {
+            case 5: return rows_in_units<5>(weights, rows, columns, x, is_cached, out, stride);
+            case 6: return rows_in_units<6>(weights, rows, columns, x, is_cached, out, stride);
+            case 7: return rows_in_units<7>(weights, rows, columns, x, is_cached, out, stride);
+            case 8: return rows_in_units<8>(weights, rows, columns, x, is_cached, out, stride);
+            default: SPECKV_BY_INPUTS(inputs, rows_in_units, weights, rows, columns, x, is_cached, out, stride)
+        }
     }
 #endif
-    bfloat16_anywhere(weights, rows, columns, x, inputs, out, stride);
+    for (int64_t first = 0; first < inputs; first += kTileInputs) {
+        bfloat16_anywhere(weights, rows, columns, x + first * columns, std::min(kTileInputs, inputs - first),
+                          out + first * stride, stride);
+    }
 }
 
 void multiply_four_bit(

@@ -10,10 +10,12 @@
 
 namespace speckv {
 
+constexpr int64_t kTileHalves = 8;
+
 // out[input * stride + row] for weights [rows, columns] and x [inputs, columns].
 void multiply_float32(
     const float* weights, int64_t rows, int64_t columns, const float* x, int64_t inputs, float* out, int64_t stride);
-// The same of bf16. is_cached: the weights were read a moment ago, for other inputs.
+// The same of bf16, with up to kTileHalves rows of inputs. is_cached: the weights were read a moment ago, for others.
 void multiply_bfloat16(
     const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, int64_t inputs, bool is_cached,
     float* out, int64_t stride);

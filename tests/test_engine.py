@@ -121,6 +121,22 @@ def test_dense_matrices(rows, columns, count, has_bias):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("columns", [64, 96, 130, 576])
+@pytest.mark.parametrize("offset", [1, 2, 8, 60])
+def test_weights_that_lie_across_cache_lines_give_the_same_bits_for_any_number_of_rows(dtype, columns, offset):
+    torch.manual_seed(columns)
+    rows, most = 37, 19
+    aligned, x = torch.randn(rows, columns).to(dtype), torch.randn(most, columns)
+    memory = torch.zeros(rows * columns + 64, dtype=dtype)
+    moved = memory[offset:offset + rows * columns].view(rows, columns).copy_(aligned)  # as a mapped file may have them
+    expected = torch.cat([HeldMatrix(aligned)(row.unsqueeze(0)) for row in x])
+    for count in range(1, most + 1):
+        assert torch.equal(HeldMatrix(moved)(x[:count]), expected[:count])
+        assert torch.equal(HeldMatrix(aligned)(x[:count]), expected[:count])
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("rows,columns", SHAPES)
 def test_int8_matrices_of_drafters(rows, columns):
     torch.manual_seed(rows)
