@@ -206,6 +206,7 @@ void multiply_block(const Matrix& matrix, int64_t block, const Inputs& inputs, f
     const int64_t most = matrix.format == Format::kBFloat16 ? kTileHalves : kTileInputs;
     for (int64_t first = 0; first < inputs.count(); first += most) {
         const int64_t count = std::min(most, inputs.count() - first);
+        const Walk walk = first > 0 ? Walk::kLater : count == inputs.count() ? Walk::kOnly : Walk::kFirst;
         float* const tile = out + first * stride + begin;
         switch (matrix.format) {
             case Format::kFloat32:
@@ -216,7 +217,7 @@ void multiply_block(const Matrix& matrix, int64_t block, const Inputs& inputs, f
             case Format::kBFloat16:
                 multiply_bfloat16(
                     static_cast<const uint16_t*>(matrix.values) + begin * matrix.columns, end - begin, matrix.columns,
-                    inputs.half_row(first), count, first > 0, tile, stride);
+                    inputs.half_row(first), count, walk, tile, stride);
                 break;
             case Format::kInt8:
                 multiply_tile(
@@ -229,7 +230,7 @@ void multiply_block(const Matrix& matrix, int64_t block, const Inputs& inputs, f
                 int32_t sums[kTileInputs * kBlockRows];
                 multiply_bytes(
                     static_cast<const int8_t*>(matrix.values) + begin * matrix.columns, end - begin, matrix.columns,
-                    inputs.byte_row(first), count, sums, kBlockRows);
+                    inputs.byte_row(first), count, walk, sums, kBlockRows);
                 for (int64_t input = 0; input < count; ++input) {
                     finish_bytes(matrix, begin, end, inputs, first + input, sums + input * kBlockRows,
                                  tile + input * stride);
@@ -240,7 +241,7 @@ void multiply_block(const Matrix& matrix, int64_t block, const Inputs& inputs, f
                 multiply_four_bit(
                     static_cast<const uint8_t*>(matrix.values) + begin * matrix.columns / 2,
                     static_cast<const uint16_t*>(matrix.scale) + begin, matrix.rows, matrix.table, matrix.columns,
-                    inputs.half_row(first), count, tile, stride);
+                    inputs.half_row(first), count, walk, tile, stride);
                 break;
         }
         for (int64_t input = 0; matrix.bias != nullptr && input < count; ++input) {

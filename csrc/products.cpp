@@ -177,6 +177,17 @@ SPECKV_INLINE void block_four_bit(
 #define SPECKV_BF16_UNITS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,prefer-vector-width=512")))
 
 
+// Asks for what lies kPrefetchBytes ahead. What is read once a pass is kept out of the L2, where it would take the place
+// of all that runs between two passes.
+SPECKV_BF16_UNITS inline void prefetch(const void* from, bool is_read_once) {
+    const char* const ahead = static_cast<const char*>(from) + kPrefetchBytes;
+    if (is_read_once) {
+        _mm_prefetch(ahead, _MM_HINT_NTA);
+    } else {
+        _mm_prefetch(ahead, _MM_HINT_T0);
+    }
+}
+
 // The lanes of four vectors added up, in an order of its own for each.
 SPECKV_BF16_UNITS inline __m128 sum_four(__m512 a, __m512 b, __m512 c, __m512 d) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -209,9 +220,9 @@ public:
         line_ = _mm512_load_si512(next_);
     }
 
-    SPECKV_BF16_UNITS __m512bh take() {
+    SPECKV_BF16_UNITS __m512bh take(bool is_read_once) {
         next_ += kLineBytes;
-        _mm_prefetch(next_ + kPrefetchBytes, _MM_HINT_T0);
+        prefetch(next_, is_read_once);
         const __m512i following = _mm512_load_si512(next_);
         const __m512i values = _mm512_permutex2var_epi32(line_, from_, following);
         line_ = following;
@@ -235,8 +246,8 @@ class Loads {
 public:
     SPECKV_BF16_UNITS explicit Loads(const uint16_t* start) : next_(start) {}
 
-    SPECKV_BF16_UNITS __m512bh take() {
-        _mm_prefetch(reinterpret_cast<const char*>(next_) + kPrefetchBytes, _MM_HINT_T0);
+    SPECKV_BF16_UNITS __m512bh take(bool is_read_once) {
+        prefetch(next_, is_read_once);
         const auto values = (__m512bh)_mm512_loadu_si512(next_);
         next_ += 32;
         return values;
@@ -249,7 +260,7 @@ private:
 // `together` rows at a time, whose sums are those of a row alone.
 template <class Stream, int together, int inputs>
 SPECKV_BF16_UNITS inline void some_rows_in_units(
-    const uint16_t* values, int64_t columns, const uint16_t* x, float* out, int64_t stride) {
+    const uint16_t* values, int64_t columns, const uint16_t* x, Walk walk, float* out, int64_t stride) {
     static_assert(together == 1 || together == 2);
     const int64_t whole = columns / 64 * 64;
     __m512 sums[together][inputs][2];
@@ -265,7 +276,7 @@ SPECKV_BF16_UNITS inline void some_rows_in_units(
             __m512bh weight[together];
 #pragma GCC unroll 2
             for (int row = 0; row < together; ++row) {
-                weight[row] = streams[row].take();
+                weight[row] = streams[row].take(walk == Walk::kOnly);
             }
 #pragma GCC unroll 8
             for (int input = 0; input < inputs; ++input) {
@@ -312,32 +323,32 @@ SPECKV_BF16_UNITS inline void some_rows_in_units(
 // share what is loaded of a few inputs.
 template <class Stream, int inputs>
 SPECKV_BF16_UNITS void all_rows_in_units(
-    const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, bool is_cached, float* out,
+    const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, Walk walk, float* out,
     int64_t stride) {
     int64_t row = 0;
     if constexpr (inputs <= 4) {
-        for (; is_cached && row + 2 <= rows; row += 2) {
-            some_rows_in_units<Stream, 2, inputs>(weights + row * columns, columns, x, out + row, stride);
+        for (; walk == Walk::kLater && row + 2 <= rows; row += 2) {
+            some_rows_in_units<Stream, 2, inputs>(weights + row * columns, columns, x, walk, out + row, stride);
         }
     }
     for (; row < rows; ++row) {
-        some_rows_in_units<Stream, 1, inputs>(weights + row * columns, columns, x, out + row, stride);
+        some_rows_in_units<Stream, 1, inputs>(weights + row * columns, columns, x, walk, out + row, stride);
     }
 }
 
 template <int inputs>
 void rows_in_units(
-    const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, bool is_cached, float* out,
+    const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, Walk walk, float* out,
     int64_t stride) {
     if (inputs > 1 && Lines::serves(weights, columns)) {
-        return all_rows_in_units<Lines, inputs>(weights, rows, columns, x, is_cached, out, stride);
+        return all_rows_in_units<Lines, inputs>(weights, rows, columns, x, walk, out, stride);
     }
-    return all_rows_in_units<Loads, inputs>(weights, rows, columns, x, is_cached, out, stride);
+    return all_rows_in_units<Loads, inputs>(weights, rows, columns, x, walk, out, stride);
 }
 
 template <int inputs>
 SPECKV_BF16_UNITS void bytes_in_units(
-    const int8_t* weights, int64_t rows, int64_t columns, const uint8_t* x, int32_t* out, int64_t stride) {
+    const int8_t* weights, int64_t rows, int64_t columns, const uint8_t* x, Walk walk, int32_t* out, int64_t stride) {
     const int64_t whole = columns / 64 * 64;
     for (int64_t row = 0; row < rows; ++row) {
         const int8_t* const values = weights + row * columns;
@@ -346,7 +357,7 @@ SPECKV_BF16_UNITS void bytes_in_units(
             sum = _mm512_setzero_si512();
         }
         for (int64_t i = 0; i < whole; i += 64) {
-            _mm_prefetch(reinterpret_cast<const char*>(values + i) + kPrefetchBytes, _MM_HINT_T0);
+            prefetch(values + i, walk == Walk::kOnly);
             const __m512i weight = _mm512_loadu_si512(values + i);
 #pragma GCC unroll 4
             for (int input = 0; input < inputs; ++input) {
@@ -380,7 +391,7 @@ SPECKV_BF16_UNITS inline __m512 widen_scale(const uint16_t* from) {
 template <int inputs>
 SPECKV_BF16_UNITS void block_in_units(
     const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table_values, int64_t columns,
-    const uint16_t* x, float* out, int64_t stride) {
+    const uint16_t* x, Walk walk, float* out, int64_t stride) {
     // Twice the 16 values: the lookup reads five bits, of which the highest belongs to the other row.
     alignas(64) uint16_t halves[32];
     for (int i = 0; i < 32; ++i) {
@@ -402,7 +413,7 @@ SPECKV_BF16_UNITS void block_in_units(
 #pragma GCC unroll 2
         for (int64_t column = first; column < first + kScaledColumns; column += 4) {
             const uint8_t* const from = indices + column / 2 * kBlockRows;
-            _mm_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes, _MM_HINT_T0);
+            prefetch(from, walk == Walk::kOnly);
 #pragma GCC unroll 2
             for (int chain = 0; chain < 2; ++chain) {
                 const __m512i index = _mm512_cvtepu8_epi16(
@@ -493,16 +504,16 @@ SPECKV_CLONES void multiply_float32(
 }
 
 void multiply_bfloat16(
-    const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, int64_t inputs, bool is_cached,
+    const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, int64_t inputs, Walk walk,
     float* out, int64_t stride) {
 #if defined(__x86_64__)
     if (has_bf16_units()) {
         switch (inputs) {
-            case 5: return rows_in_units<5>(weights, rows, columns, x, is_cached, out, stride);
-            case 6: return rows_in_units<6>(weights, rows, columns, x, is_cached, out, stride);
-            case 7: return rows_in_units<7>(weights, rows, columns, x, is_cached, out, stride);
-            case 8: return rows_in_units<8>(weights, rows, columns, x, is_cached, out, stride);
-            default: SPECKV_BY_INPUTS(inputs, rows_in_units, weights, rows, columns, x, is_cached, out, stride)
+            case 5: return rows_in_units<5>(weights, rows, columns, x, walk, out, stride);
+            case 6: return rows_in_units<6>(weights, rows, columns, x, walk, out, stride);
+            case 7: return rows_in_units<7>(weights, rows, columns, x, walk, out, stride);
+            case 8: return rows_in_units<8>(weights, rows, columns, x, walk, out, stride);
+            default: SPECKV_BY_INPUTS(inputs, rows_in_units, weights, rows, columns, x, walk, out, stride)
         }
     }
 #endif
@@ -514,21 +525,21 @@ void multiply_bfloat16(
 
 void multiply_four_bit(
     const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table, int64_t columns,
-    const uint16_t* x, int64_t inputs, float* out, int64_t stride) {
+    const uint16_t* x, int64_t inputs, Walk walk, float* out, int64_t stride) {
 #if defined(__x86_64__)
     if (has_bf16_units()) {
-        SPECKV_BY_INPUTS(inputs, block_in_units, indices, scale, scale_stride, table, columns, x, out, stride)
+        SPECKV_BY_INPUTS(inputs, block_in_units, indices, scale, scale_stride, table, columns, x, walk, out, stride)
     }
 #endif
     four_bit_anywhere(indices, scale, scale_stride, table, columns, x, inputs, out, stride);
 }
 
 void multiply_bytes(
-    const int8_t* weights, int64_t rows, int64_t columns, const uint8_t* x, int64_t inputs, int32_t* out,
+    const int8_t* weights, int64_t rows, int64_t columns, const uint8_t* x, int64_t inputs, Walk walk, int32_t* out,
     int64_t stride) {
 #if defined(__x86_64__)
     if (has_bf16_units()) {
-        SPECKV_BY_INPUTS(inputs, bytes_in_units, weights, rows, columns, x, out, stride)
+        SPECKV_BY_INPUTS(inputs, bytes_in_units, weights, rows, columns, x, walk, out, stride)
     }
 #endif
     bytes_anywhere(weights, rows, columns, x, inputs, out, stride);

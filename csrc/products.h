@@ -12,21 +12,25 @@ namespace speckv {
 
 constexpr int64_t kTileHalves = 8;
 
+// Which walk through the weights a product is in this pass: the only one, the first of several, or one of those after
+// it, which find the weights in a cache.
+enum class Walk { kOnly, kFirst, kLater };
+
 // out[input * stride + row] for weights [rows, columns] and x [inputs, columns].
 void multiply_float32(
     const float* weights, int64_t rows, int64_t columns, const float* x, int64_t inputs, float* out, int64_t stride);
-// The same of bf16, with up to kTileHalves rows of inputs. is_cached: the weights were read a moment ago, for others.
+// The same of bf16, with up to kTileHalves rows of inputs.
 void multiply_bfloat16(
-    const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, int64_t inputs, bool is_cached,
+    const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, int64_t inputs, Walk walk,
     float* out, int64_t stride);
 // The same of a block of 32 rows of indices; scale[columns / 64 * scale_stride + row] is bf16. See matrices.h.
 void multiply_four_bit(
     const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table, int64_t columns,
-    const uint16_t* x, int64_t inputs, float* out, int64_t stride);
+    const uint16_t* x, int64_t inputs, Walk walk, float* out, int64_t stride);
 
 // The same of int8 weights and inputs from 0 to 255, summed exactly.
 void multiply_bytes(
-    const int8_t* weights, int64_t rows, int64_t columns, const uint8_t* x, int64_t inputs, int32_t* out,
+    const int8_t* weights, int64_t rows, int64_t columns, const uint8_t* x, int64_t inputs, Walk walk, int32_t* out,
     int64_t stride);
 
 bool has_bf16_units();
