@@ -12,6 +12,7 @@ from statistics import median
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging
 
 import speckv
 from speckv.files import write_json
@@ -72,6 +73,7 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    logging.set_verbosity_error()  # it says at every call that -1 ends no text, which is what is wanted
     sizes = [int(size) for size in arguments.sizes.split(",")]
     console, result = Console(highlight=False), {"threads": arguments.threads, "tokens": arguments.tokens}
     for compression in arguments.compressions.split(","):

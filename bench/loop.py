@@ -2,8 +2,9 @@
 
 Every way of decoding answers the same prompts (those of 'speckv demo') in turns, so that a drift of the machine meets
 all alike; greedy, prompts included. transformers' prompt lookup is its assisted generation with the drafter that both
-have. With --llama PYTHON, an interpreter that has llama-cpp-python, llama.cpp answers them too, from the same GGUF file
-that the embedded model comes from (Q4_1). Keeps everything in bench/results/loop.json.
+have; with --assistant FOLDER, a drafter made by 'speckv distill --kind lm', it is also run with that one, and so is
+speckv. With --llama PYTHON, an interpreter that has llama-cpp-python, llama.cpp answers them too, from the same GGUF
+file that the embedded model comes from (Q4_1). Keeps everything in bench/results/loop.json.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from statistics import median
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging
 
 import speckv
 from speckv.demo import PROMPTS
@@ -62,7 +64,7 @@ class Llama:
         self._process.wait()
 
 
-def ways(target, drafter, tokens):
+def ways(target, drafter, tokens, assistant=None):
     """{name: a function of prompt ids that gives what was decoded and the seconds it took}."""
     lookup = speckv.load_drafter("lookup", target)
 
@@ -81,6 +83,12 @@ def ways(target, drafter, tokens):
             return speckv.generate(target, with_drafter, ids, max_new_tokens=tokens, policy=chosen, eos_token_id=[],
                                    fast=fast)
         return run
+    with_assistant = {} if assistant is None else {
+        "transformers, assistant model": transformers(assistant_model=assistant),
+        "speckv, the same model, adaptive": ours("adaptive", assistant, False),
+        "speckv --fast, the same model, fixed:2": ours("fixed:2", assistant, True),
+        "speckv --fast, the same model, adaptive": ours("adaptive", assistant, True),
+    }
     return {
         "transformers generate": transformers(),
         "transformers, prompt lookup": transformers(prompt_lookup_num_tokens=4),
@@ -91,13 +99,14 @@ def ways(target, drafter, tokens):
         "speckv --fast, fixed:1": ours("fixed:1", drafter, True),
         "speckv --fast, fixed:2": ours("fixed:2", drafter, True),
         "speckv --fast, adaptive": ours("adaptive", drafter, True),
-    }
+    } | with_assistant
 
 
-def measure(compression, tokens, repeats, llama):
+def measure(compression, tokens, repeats, llama, assistant):
     """{way: its tokens a second, of the median of each prompt, and where each text parts from transformers'}."""
     target, tokenizer = speckv.load_target("smollm2", compression)
-    runs = ways(target, speckv.load_drafter("lookup+smollm2", target), tokens)
+    assistant = speckv.load_drafter(assistant, target) if assistant else None
+    runs = ways(target, speckv.load_drafter("lookup+smollm2", target), tokens, assistant)
     seconds = {name: [[] for _ in PROMPTS] for name in [*runs, *(["llama.cpp, Q4_1"] if llama else [])]}
     texts = {name: {} for name in runs}
     for repeat in range(repeats + 1):  # the first warms up
@@ -125,12 +134,15 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--llama", metavar="PYTHON", help="an interpreter with llama-cpp-python")
+    parser.add_argument("--assistant", metavar="FOLDER", help="a drafter made by 'speckv distill --kind lm'")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    logging.set_verbosity_error()  # it says at every call that -1 ends no text, which is what is wanted
     llama = Llama(arguments.llama, arguments.tokens) if arguments.llama else None
     console, result = Console(highlight=False), {"threads": arguments.threads, "tokens": arguments.tokens}
     for compression in arguments.compressions.split(","):
-        figures = result[compression] = measure(compression, arguments.tokens, arguments.repeats, llama)
+        figures = result[compression] = measure(compression, arguments.tokens, arguments.repeats, llama,
+                                                arguments.assistant)
         base = next(iter(figures.values()))["tokens_per_second"]
         table = Table(title=f"{compression}: {len(PROMPTS)} prompts, {arguments.tokens} tokens each, "
                             f"{arguments.threads} threads")

@@ -8,6 +8,7 @@ import torch
 from speckv.decode import is_out_of_memory, open_run
 from speckv.errors import InputError, NumericalError
 from speckv.fast import FastModel
+from speckv.policies import parse_policy
 from speckv.records import SpecOutput
 
 # What concerns one text, by its default.
@@ -23,9 +24,9 @@ def generate_batch(target, drafter, requests, policy="adaptive", fast=False, on_
     temperature, seed, eos_token_id, top_k, top_p, min_p, logits_processor and stopping_criteria, which mean what they
     mean to speckv.generate; `shared` are those of all texts that do not say otherwise. Or it is a tensor [B, n] i64,
     padded where an attention_mask [B, n] given beside it is 0. Prompts and texts may be of any length: each text has
-    its own draft length at every step, its own acceptance and its own end, after which it costs nothing. A policy given
-    by name is opened for each text anew; a Policy object serves all. on_step(index, tokens, record) is called after
-    every step of every text.
+    its own draft length at every step, its own acceptance and its own end, after which it costs nothing. One policy
+    serves all: 'adaptive' learns from each what drafts are worth beside the others. on_step(index, tokens, record) is
+    called after every step of every text.
 
     What a text says does not depend on the others. With fast the target reads all of them in one pass, sooner than in
     a pass for each (see docs/fast.md), and every token has the same bits as alone; a target that the engine cannot read
@@ -35,7 +36,7 @@ def generate_batch(target, drafter, requests, policy="adaptive", fast=False, on_
     Raises what speckv.generate raises, an InputError and a NumericalError with the number of the request; InputError
     and ModelError before any work.
     """
-    runs = []
+    runs, policy = [], parse_policy(policy)
     for index, request in enumerate(_requests(requests, shared)):
         try:
             runs.append(open_run(target, drafter, policy=policy, fast=fast, **request))

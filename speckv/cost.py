@@ -43,7 +43,9 @@ class StepCosts:
 
     def __init__(self):
         self._verify = {}         # positions: _Estimate
-        self._draft = {False: _Estimate(), True: _Estimate()}  # a token, by Signal.is_estimate
+        self._copied = _Estimate()  # a token, by lookup
+        self._first = _Estimate()   # of a draft, by a model, which reads what the target added to the last one
+        self._next = _Estimate()    # each one after that
         self._fitted = None  # what _line() found since the last record; it is asked for several times a draft token
 
     @property
@@ -61,18 +63,23 @@ class StepCosts:
         self._verify.setdefault(min(step.gamma + 1, MOST_POSITIONS), _Estimate()).add(step.verify_ms)
         copied = sum(signal.is_estimate for signal in step.signals)
         modelled = step.gamma - copied
-        if modelled and (is_warm or not self._draft[False].count):
-            rest = step.draft_ms - copied * self.draft_ms(True)
-            self._draft[False].add(max(rest, 0.0) / modelled)
+        if modelled and (is_warm or not self._first.count):
+            rest = max(step.draft_ms - copied * self.draft_ms(True), 0.0)
+            if modelled > 1 and self._first.count:
+                self._next.add(max(rest - self._first.value, 0.0) / (modelled - 1))
+            else:
+                self._first.add(rest / modelled)
         elif copied and not modelled:
-            self._draft[True].add(step.draft_ms / copied)
+            self._copied.add(step.draft_ms / copied)
 
-    def draft_ms(self, is_estimate: bool) -> float:
-        """Of one draft token, of a model or (is_estimate) copied from the text."""
-        estimate = self._draft[is_estimate]
-        if estimate.count:
-            return estimate.value
-        return 0.0 if is_estimate else USUAL_DRAFT_SHARE * self.verify_ms(1)
+    def draft_ms(self, is_estimate: bool, number: int = 0) -> float:
+        """Of one draft token, the first of its draft (number 0) or a later one, of a model or (is_estimate) copied
+        from the text."""
+        if is_estimate:
+            return self._copied.value if self._copied.count else 0.0
+        if number > 0 and self._next.count:
+            return self._next.value
+        return self._first.value if self._first.count else USUAL_DRAFT_SHARE * self.verify_ms(1)
 
     def verify_ms(self, positions: int) -> float:
         """Of a pass of the target over so many positions, gamma + 1."""
@@ -91,13 +98,18 @@ class StepCosts:
 
     def step_ms(self, gamma: int, is_estimate: bool = False) -> float:
         """Of a whole step with gamma draft tokens of one kind."""
-        return gamma * self.draft_ms(is_estimate) + self.verify_ms(gamma + 1)
+        return self._drafts_ms(gamma, is_estimate) + self.verify_ms(gamma + 1)
 
     def usual_ms(self, step) -> float:
         """Of a step such as this StepRecord, which may itself have been held up."""
         copied = sum(signal.is_estimate for signal in step.signals)
-        return (copied * self.draft_ms(True) + (step.gamma - copied) * self.draft_ms(False)
+        return (self._drafts_ms(copied, True) + self._drafts_ms(step.gamma - copied, False)
                 + self.verify_ms(step.gamma + 1))
+
+    def _drafts_ms(self, count, is_estimate):
+        if count == 0:
+            return 0.0
+        return self.draft_ms(is_estimate) + (count - 1) * self.draft_ms(is_estimate, 1)
 
     def _line(self):
         """Height, slope and center of the straight line through all measured passes, its slope held to what is usual

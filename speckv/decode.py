@@ -8,7 +8,7 @@ import torch
 
 from speckv.arguments import checked_gamma, checked_settings
 from speckv.cache import check_rollback, vocabulary_size
-from speckv.drafters import as_drafter
+from speckv.drafters import as_drafter, open_drafter
 from speckv.errors import NumericalError
 from speckv.fast import open_target
 from speckv.kernels import verify_chain
@@ -35,9 +35,9 @@ def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128
     (1: all), min_p those with this share of the highest probability (0: all), in this order, as in transformers (see
     speckv.kernels.reference.filter_logits).
     eos_token_id is an id, a list of ids, or None for what the target's generation_config says, of which nothing else
-    is used. on_step(tokens, record) is called after every step with the new token ids. fast has the target read by the
-    C++ engine of speckv.engine, several times as fast on a CPU; a target that it cannot read is decoded without it,
-    with a warning that says why.
+    is used. on_step(tokens, record) is called after every step with the new token ids. fast has the target, and a
+    drafter that is a model, run by the C++ engine of speckv.engine, several times as fast on a CPU; a model that it
+    cannot read is run without it, with a warning that says why.
 
     logits_processor is a list of callables (ids [1, n], scores [1, V] f32) -> scores, transformers' own among them,
     that change the target's logits of every token, in turn and before temperature and filters; see speckv.processors
@@ -98,9 +98,12 @@ class Run:
         self._processors = settings.processors
         self._criteria = settings.criteria
         self.target = open_target(target, fast)
-        self._draft = drafter.open() if drafter is not None else None
+        self._draft = open_drafter(drafter, fast) if drafter is not None else None
         self._policy = policy
         self._own_signals = getattr(self._draft, "signals", None)
+        policy.is_asked = hasattr(self._draft, "ask")
+        if policy.is_asked:
+            self._draft.ask(policy.may_draft)
         self.wants_hidden = drafter.wants_hidden if drafter is not None else ()
         self._temperature = torch.full((1,), settings.temperature, device=device)
         self._filters = {name: torch.tensor([value], device=device) for name, value in settings.filters.items()}

@@ -42,9 +42,11 @@ class DraftState:
             self._level, min(drafted + 1, LONGEST_COUNTED) / LONGEST_COUNTED, float(is_estimate),
             own[1] if is_estimate else 0.0, self._survival, self.acceptance(is_estimate))
 
-    def after(self, confidence: float) -> None:
-        """The token was drawn from a distribution of this confidence, or of the drafter's own."""
+    def after(self, confidence: float) -> float:
+        """The token was drawn from a distribution of this confidence, or of the drafter's own; returns the product of
+        the draft's confidences so far."""
         self._survival *= confidence
+        return self._survival
 
     def record(self, step) -> None:
         """The step is over."""

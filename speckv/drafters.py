@@ -1,11 +1,13 @@
 """Where draft tokens come from."""
 
+from inspect import signature
 from typing import Protocol
 
 from torch.nn.functional import pad
 
-from speckv.cache import CachedModel, check_rollback, context_limit, rope_switch, vocabulary_size
+from speckv.cache import check_rollback, context_limit, rope_switch, vocabulary_size
 from speckv.errors import ModelError
+from speckv.fast import open_target
 
 # How far the widths of two models' logits may lie apart and still be taken for one tokenizer's, padded differently: so
 # many ids, and this share of the wider. Qwen2.5 has 151,936 and 152,064 by size, Pythia 50,304 to 50,688.
@@ -24,15 +26,16 @@ class Drafter(Protocol):
                              # speckv.cache.hidden_states; empty for none
 
     def open(self) -> "DraftSession":
-        """Start on a new sequence."""
+        """Start on a new sequence. One that takes an argument `fast` is told whether the C++ engine is wanted."""
 
 
 class DraftSession(Protocol):
     """A drafter at work on one sequence.
 
-    Two more methods are for those that need them. prefill(ids) reads the prompt but for its last token, before the
+    Three more methods are for those that need them. prefill(ids) reads the prompt but for its last token, before the
     first step, where next_logits(ids) would be asked and its answer not used. signals() gives (entropy in bits,
-    confidence) of the last proposal, where its logits do not tell how sure it is, or None where they do.
+    confidence) of the last proposal, where its logits do not tell how sure it is, or None where they do. ask(may_draft)
+    is given the policy's PolicySession.may_draft, for a drafter with two ways to draft.
     """
 
     def next_logits(self, ids):
@@ -71,15 +74,15 @@ class CausalLMDrafter:
         if widths[1] - widths[0] > min(MOST_PADDING, widths[1] * MOST_PADDING_SHARE):
             raise ModelError(other_vocabulary(vocabulary_size(model), vocabulary))
 
-    def open(self):
+    def open(self, fast=False):
         if self.vocabulary == vocabulary_size(self.model):
-            return _CausalLMSession(self.model)
-        return _PaddedSession(self.model, self.vocabulary)
+            return _CausalLMSession(self.model, fast)
+        return _PaddedSession(self.model, fast, self.vocabulary)
 
 
 class _CausalLMSession:
-    def __init__(self, model):
-        self._model = CachedModel(model)
+    def __init__(self, model, fast):
+        self._model = open_target(model, fast)
 
     def next_logits(self, ids):
         return self._model.read(ids, keep=1)[0][:, -1]
@@ -91,8 +94,8 @@ class _CausalLMSession:
 class _PaddedSession(_CausalLMSession):
     """A model's session with its logits brought to another width."""
 
-    def __init__(self, model, vocabulary):
-        super().__init__(model)
+    def __init__(self, model, fast, vocabulary):
+        super().__init__(model, fast)
         self._own, self._vocabulary = vocabulary_size(model), vocabulary
 
     def next_logits(self, ids):
@@ -104,6 +107,11 @@ def as_drafter(drafter, vocabulary=None) -> Drafter:
     """A drafter object as it is; a transformers model wrapped in one, for a target of this vocabulary."""
     is_drafter = hasattr(drafter, "open") and hasattr(drafter, "vocabulary")
     return drafter if is_drafter else CausalLMDrafter(drafter, vocabulary)
+
+
+def open_drafter(drafter: Drafter, fast: bool) -> DraftSession:
+    """A drafter's session, run by the C++ engine where that is wanted and the drafter knows how."""
+    return drafter.open(fast=True) if fast and "fast" in signature(drafter.open).parameters else drafter.open()
 
 
 def other_vocabulary(own, target) -> str:

@@ -1,5 +1,6 @@
 """A target read by the C++ engine, in the place of speckv.cache.CachedModel."""
 
+import math
 import warnings
 import weakref
 
@@ -10,6 +11,8 @@ from speckv.cache import CachedModel, cached, hidden_states
 from speckv.engine import MOST_ROWS, DecoderStack, HeldMatrix
 from speckv.errors import ModelError
 
+# Tokens of a prompt beyond which PyTorch reads it sooner, by the type of the weights: its attention is better.
+LONGEST_PROMPT = {torch.bfloat16: 256, torch.float32: MOST_ROWS}
 _TARGETS = weakref.WeakKeyDictionary()
 
 
@@ -27,6 +30,7 @@ class FastTarget:
             raise ModelError(f"the fast path cannot decode this model: {error}") from error
         self.model = weakref.proxy(model)
         self.embedding = model.get_input_embeddings()
+        self.longest_prompt = math.inf if self.stack.is_quantized else LONGEST_PROMPT[self.stack.cache_dtype]
 
     @classmethod
     def of(cls, model):
@@ -42,7 +46,7 @@ class FastTarget:
 class FastModel:
     """One sequence read by a FastTarget; serves as a speckv.cache.CachedModel does.
 
-    Prompts in fp32 and bf16 are read by the model itself, whose products are made for many rows; those of bitsandbytes
+    Long prompts in fp32 and bf16 are read by the model itself, whose operations are made for many rows; bitsandbytes'
     bring the weights to 16 bits first, and take longer than the engine.
     """
 
@@ -57,7 +61,7 @@ class FastModel:
     def read(self, ids, keep: int, layers: tuple = ()):
         """As CachedModel.read, logits in fp32."""
         new = ids[:, self.length:]
-        if self.length == 0 and new.shape[1] > MOST_ROWS and not self._target.stack.is_quantized:
+        if self.length == 0 and new.shape[1] > self._target.longest_prompt:
             return self._read_prompt(new, keep, layers)
         last, states = self._session.read(self._target.embedding(new[0]).float(), _inner(layers))
         logits = self._target.head(last[-keep:]).unsqueeze(0)
@@ -136,5 +140,5 @@ def open_target(model, fast: bool):
     try:
         return FastTarget.of(model).open()
     except ModelError as error:
-        warnings.warn(f"{error}; it is decoded in PyTorch", stacklevel=5)
+        warnings.warn(f"{error}; it is run in PyTorch", stacklevel=5)
         return CachedModel(model)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from speckv.drafters import as_drafter
+from speckv.drafters import as_drafter, open_drafter
 from speckv.errors import InputError
 
 # How many earlier occurrences of the last tokens are looked at, the latest first. It bounds a search to some 80 µs; in
@@ -55,7 +55,8 @@ class LookupFirst:
     """Lookup in front of a model drafter, which drafts the steps in which lookup promises less, or has no match.
 
     A step is drafted by one of the two: by lookup where the estimated success of its first token is at least the
-    model drafter's acceptance rate in this text so far, since its draft costs nothing.
+    model drafter's acceptance rate in this text so far, since its draft costs nothing. Where the policy lets one of
+    them rest, the other drafts all that it can.
     """
 
     def __init__(self, drafter, longest: int = 10, shortest: int = 2):
@@ -67,8 +68,8 @@ class LookupFirst:
         self.wants_hidden = self.drafter.wants_hidden
         self._lookup = LookupDrafter(self.vocabulary, longest, shortest)
 
-    def open(self):
-        return _LookupFirstSession(self._lookup.open(), self.drafter.open())
+    def open(self, fast=False):
+        return _LookupFirstSession(self._lookup.open(), open_drafter(self.drafter, fast))
 
 
 class _Match(NamedTuple):
@@ -213,9 +214,13 @@ class _LookupFirstSession:
         self._lookup = lookup
         self._model = model
         self._acceptance = _Share(MODEL_PRIOR)
+        self._may_draft = lambda is_estimate: True
         self._source = None  # of the step's draft
         self._start = 0      # where the step's draft begins
         self._drafted = 0
+
+    def ask(self, may_draft):
+        self._may_draft = may_draft
 
     def prefill(self, ids):
         self._lookup.prefill(ids)
@@ -228,8 +233,11 @@ class _LookupFirstSession:
         """Logits [1, V] of the step's source; the model, where it was not asked, catches up on what it has missed."""
         if self._source is None:
             # Of the text and of past outcomes only, as the choice of what to draft must be.
-            promise = self._lookup.promise(ids)
-            self._source = self._lookup if promise >= self._acceptance.value else self._model
+            promise = self._lookup.promise(ids) if self._may_draft(True) else 0.0
+            can_model = self._may_draft(False)
+            if not can_model and promise == 0:
+                return None
+            self._source = self._model if can_model and promise < self._acceptance.value else self._lookup
             self._start = ids.shape[1]
         logits = self._source.next_logits(ids)
         self._drafted += logits is not None

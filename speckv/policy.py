@@ -22,6 +22,7 @@ class PolicySession:
     """A policy at work on one sequence: drafts as many tokens as max_draft says. Override what differs."""
 
     name = "policy"
+    is_asked = False  # whether the drafter asks may_draft() before it drafts
 
     def max_draft(self) -> int:
         """The most tokens the next step may draft; 0 is plain decoding."""
@@ -30,6 +31,10 @@ class PolicySession:
     def will_draft(self) -> bool:
         """Whether the drafter should read the prompt with the target: it will be asked before long."""
         return self.max_draft() > 0
+
+    def may_draft(self, is_estimate: bool) -> bool:
+        """Whether the step may be drafted in this way, is_estimate as in Signal; asked by drafters that have two."""
+        return True
 
     def draft(self, logits, temperature, uniform, drafted: int, own, **filters):
         """Draw draft token number `drafted` (from 0) and say whether to draft another.

@@ -26,7 +26,7 @@ _OP_CALLERS = (("verify_chain", decode), ("draft_sample", policy), ("draft_sampl
 _TARGET_METHODS = {"read": TARGET, "rollback": ROLLBACK}
 # A drafter's rollback and what it makes of the hidden states it is shown are part of what a draft costs.
 _DRAFT_METHODS = dict.fromkeys(("prefill", "next_logits", "signals", "observe", "rollback"), DRAFT)
-_POLICY_METHODS = dict.fromkeys(("max_draft", "will_draft", "draft", "promise", "record"), POLICY)
+_POLICY_METHODS = dict.fromkeys(("max_draft", "will_draft", "may_draft", "draft", "promise", "record"), POLICY)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from tiny_models import noisy_copy, prompt_ids, tiny_model
 
 import speckv
 from speckv import ModelError
-from speckv.adaptive import FIRST_PAUSE, LEAST_CAP, MOST_SCALE, Adaptive
+from speckv.adaptive import Adaptive
 from speckv.controller import from_arrays
 from speckv.controller_fit import examples, fit, fit_and_judge, predict, select
 from speckv.cost import StepCosts
 from speckv.draft_state import LONGEST_COUNTED, SIGNALS
+from speckv.experience import FIRST_PAUSE, LEAST_CAP, MOST_SCALE, TRIALS
 from speckv.kernels import draft_step
 from speckv.records import StepRecord
 from speckv.signals import Signal
@@ -36,11 +37,12 @@ def constant_controller(acceptance):
 class World:
     """A loop without models: tokens of equal confidence, a price list, and drafts of which `stands` tokens stand."""
 
-    def __init__(self, policy, draft_ms=2.0, verify_ms=lambda n: 40.0 + n, stands=lambda number: 2, compression=None):
+    def __init__(self, policy, draft_ms=2.0, verify_ms=lambda n: 40.0 + n, stands=lambda number: 2, compression=None,
+                 logit=20.0):
         self.session = policy.open(compression)
         self.draft_ms, self.verify_ms, self.stands = draft_ms, verify_ms, stands
         self.logits = torch.zeros(1, VOCABULARY)
-        self.logits[0, 3] = 4.0
+        self.logits[0, 3] = logit
 
     def run(self, steps):
         """The gammas chosen, and tokens over milliseconds."""
@@ -165,10 +167,10 @@ def test_random_weights_cost_little(seed):
 def test_promises_are_scaled_by_what_was_kept_of_them_and_the_scale_is_bounded():
     policy = Adaptive(constant_controller(1.0))
     World(policy, stands=lambda number: 1).run(200)
-    assert policy._experience[None].scale < 0.9
+    assert policy._experience[None].sources[False].scale < 0.9
     policy = Adaptive(constant_controller(0.01))
     World(policy, draft_ms=0.01, verify_ms=lambda n: 40.0, stands=lambda number: 9).run(200)
-    assert policy._experience[None].scale == MOST_SCALE
+    assert policy._experience[None].sources[False].scale == MOST_SCALE
 
 
 def test_the_first_drafts_are_short_whatever_is_promised():
@@ -197,6 +199,58 @@ def test_it_is_one_launch_a_draft_token(monkeypatch):
 def test_a_controller_of_other_signals_is_refused():
     with pytest.raises(ModelError, match="takes 5 signals"):
         Adaptive(from_arrays(torch.zeros(6, 4).numpy(), [0.0] * 4, torch.zeros(4, 1).numpy(), [0.0]))
+
+
+def test_unsure_drafts_end_whatever_the_controller_promises():
+    def longest(logit):
+        policy = Adaptive(constant_controller(1.0))
+        return max(World(policy, draft_ms=0.5, stands=lambda number: 99, logit=logit).run(60)[0])
+    assert longest(3.0) < longest(5.0) < longest(20.0) == 16  # confidences of 0.29, 0.75 and 1
+
+
+def test_one_kind_of_draft_rests_while_the_other_goes_on():
+    policy = Adaptive(constant_controller(0.5))
+    session = policy.open(None)
+    session.record(step(0, 0, 0.0, 40.0))
+    while session.may_draft(False):
+        session.record(step(3, 0, 9.0, 43.0))
+    assert session.may_draft(True) and session.will_draft()
+    session.is_asked = True  # by a drafter that has both kinds
+    assert session.max_draft() > 0
+    session.is_asked = False
+    assert session.max_draft() == 0
+
+
+def test_few_texts_of_a_batch_draft_until_drafting_has_proved_its_worth():
+    def drafting(accepted):
+        """How many of eight texts draft in each of the passes."""
+        policy = Adaptive(constant_controller(0.5))
+        logits = World(policy).logits
+        sessions, counts = [policy.open(None) for _ in range(8)], []
+        for _ in range(12):
+            gammas = []
+            for session in sessions:
+                most = session.max_draft()
+                if most:
+                    session.draft(logits, torch.ones(1), torch.zeros(1), 0, None)
+                gammas.append(min(most, 1))
+            for session, gamma in zip(sessions, gammas, strict=True):
+                session.record(step(gamma, min(gamma, accepted), 2.0 * gamma, 5.0 + 0.5 * gamma))
+            counts.append(sum(gammas))
+        return counts
+    helps, does_not = drafting(1), drafting(0)
+    assert helps[:2] == [0, TRIALS] and helps[-1] == 8
+    assert max(does_not) == TRIALS and sum(does_not) < 16
+
+
+def test_a_text_that_ended_in_mid_draft_leaves_no_trial_open():
+    policy = Adaptive(constant_controller(0.5))
+    world = World(policy)
+    world.run(1)
+    for _ in range(2 * TRIALS):
+        session = policy.open(None)
+        assert session.max_draft() > 0
+        session.draft(world.logits, torch.ones(1), torch.zeros(1), 0, None)  # and an interrupt
 
 
 # -- fitting

@@ -17,7 +17,7 @@ import speckv
 from speckv import ModelError
 from speckv.cache import CachedModel
 from speckv.engine import MOST_ROWS, ROOM, DecoderStack, HeldMatrix, why_not
-from speckv.fast import FastTarget
+from speckv.fast import FastModel, FastTarget
 from speckv.int8 import Int8Linear
 from speckv.kernels import serving
 
@@ -225,6 +225,22 @@ def test_bf16_text_is_that_of_plain_decoding_to_the_last_token(policy):
         plain = speckv.generate(target, None, ids, max_new_tokens=100, policy="off", fast=True)
         output = speckv.generate(target, noisy_copy(target), ids, max_new_tokens=100, policy=policy, fast=True)
         assert torch.equal(output.sequences, plain.sequences)
+
+
+def test_a_drafter_that_is_a_model_is_run_by_the_engine_too(monkeypatch):
+    target = tiny_model("llama")
+    drafter, readings = noisy_copy(target), []
+    read = FastModel.read
+
+    def spy(self, *args, **settings):
+        readings.append(self._target)
+        return read(self, *args, **settings)
+    monkeypatch.setattr(FastModel, "read", spy)
+    both = [speckv.generate(target, drafter, prompt_ids(), max_new_tokens=40, policy="fixed:3", fast=fast)
+            for fast in (False, True)]
+    assert readings.count(FastTarget.of(drafter)) == both[1].drafted + 1  # and once for the prompt
+    assert both[0].accepted == both[1].accepted > 0
+    assert torch.equal(both[0].sequences, both[1].sequences)
 
 
 def test_a_long_text_outgrows_the_cache():
