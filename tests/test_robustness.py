@@ -82,10 +82,13 @@ class Stop:
 
 
 def interrupted(place, at, target, drafter, **settings):
-    """A generation that is interrupted: after a step, or halfway through a forward of the target or the drafter."""
+    """A generation that is interrupted: after a step, or in a forward of the target or the drafter, halfway through it
+    or, where the engine runs the layers, at its beginning."""
     stop = Stop(at)
     hooked = {"target": target, "drafter": drafter}.get(place)
-    hook = None if hooked is None else hooked.model.layers[1].mlp.register_forward_pre_hook(stop)
+    if hooked is not None:
+        module = hooked.get_input_embeddings() if settings["fast"] else hooked.model.layers[1].mlp
+    hook = None if hooked is None else module.register_forward_pre_hook(stop)
     try:
         with pytest.raises(KeyboardInterrupt):
             speckv.generate(target, drafter, prompt_ids(), max_new_tokens=40,
@@ -96,7 +99,7 @@ def interrupted(place, at, target, drafter, **settings):
 
 
 PLACES = [("step", False), ("target", False), ("drafter", False), pytest.param("step", True, marks=needs_engine),
-          pytest.param("drafter", True, marks=needs_engine)]
+          pytest.param("target", True, marks=needs_engine), pytest.param("drafter", True, marks=needs_engine)]
 
 
 @pytest.mark.parametrize("place, fast", PLACES)
