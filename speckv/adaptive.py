@@ -26,7 +26,7 @@ from speckv.controller import Controller, shipped_controller
 from speckv.draft_state import LONGEST_COUNTED, SIGNALS, DraftState
 from speckv.errors import ModelError, NumericalError
 from speckv.experience import Experience
-from speckv.kernels import draft_step
+from speckv.kernels import draft_step, plan_gamma
 from speckv.policy import PolicySession
 from speckv.signals import Signal, read_numbers
 
@@ -62,7 +62,6 @@ class _AdaptiveSession(PolicySession):
     name = Adaptive.name
 
     def __init__(self, policy, compression, experience):
-        self._controller = policy.controller
         self._weights = tuple(policy.controller.tensors().values())
         self._longest = policy.longest
         self._experience = experience
@@ -74,6 +73,7 @@ class _AdaptiveSession(PolicySession):
         self._signals = torch.zeros(1, len(SIGNALS))
         self._seconds = torch.ones(2)
         self._more_seconds = self._seconds.numpy()[1:]  # the same memory, which NumPy writes to sooner
+        self._no_price = torch.ones(1)
         self._promise = 0.0
         self._is_warm = False      # whether a model drafted in the last step, and has read all the text but its end
         self._is_estimate = False  # of the last draft
@@ -117,8 +117,8 @@ class _AdaptiveSession(PolicySession):
         return token, signal, gamma > stop_here and is_worth_it and drafted + 1 < source.cap
 
     def promise(self, gamma):
-        counted = torch.tensor([min(gamma, LONGEST_COUNTED)])
-        acceptance = self._controller.plan(self._signals, counted)[1].item()
+        counted = self._drafted[min(gamma, LONGEST_COUNTED)]
+        acceptance = plan_gamma(self._signals, *self._weights, counted, self._no_price)[1].item()
         self._promise = min(max(acceptance, 0.0), 1.0) * gamma
         return self._promise
 

@@ -34,6 +34,33 @@ class _Estimate:
         self.count += 1
 
 
+class _Line:
+    """The straight line through passes of all lengths, each with the mean of its measurements and a weight. A length is
+    moved at every step of a decode, so only sums are kept."""
+
+    def __init__(self):
+        self._weight = self._n = self._value = self._squares = self._products = 0.0
+        self._height = self._slope = self._center = math.nan
+
+    def move(self, n, weight, value):
+        """Count a length with so much more weight, or less of it where that is negative, and with this value."""
+        self._weight += weight
+        self._n += weight * n
+        self._value += weight * value
+        self._squares += weight * n * n
+        self._products += weight * n * value
+
+    def fit(self):
+        """The slope is held to what is usual until lengths far apart have been measured."""
+        self._center, self._height = self._n / self._weight, self._value / self._weight
+        spread = self._squares - self._center * self._n
+        rise = self._products - self._center * self._value
+        self._slope = (rise + GROWTH_TRIALS * USUAL_GROWTH * self._height) / (spread + GROWTH_TRIALS)
+
+    def at(self, n) -> float:
+        return max(self._height + self._slope * (n - self._center), 0.1 * self._height)
+
+
 class StepCosts:
     """Milliseconds of drafting and verifying, learned from StepRecords.
 
@@ -46,7 +73,7 @@ class StepCosts:
         self._copied = _Estimate()  # a token, by lookup
         self._first = _Estimate()   # of a draft, by a model, which reads what the target added to the last one
         self._next = _Estimate()    # each one after that
-        self._fitted = None  # what _line() found since the last record; it is asked for several times a draft token
+        self._line = _Line()
 
     @property
     def is_empty(self) -> bool:
@@ -59,8 +86,13 @@ class StepCosts:
         Where a model did not draft in the step before (is_warm is False) its first draft token reads what it has missed
         too, and tells nothing of the next.
         """
-        self._fitted = None
-        self._verify.setdefault(min(step.gamma + 1, MOST_POSITIONS), _Estimate()).add(step.verify_ms)
+        positions = min(step.gamma + 1, MOST_POSITIONS)
+        estimate = self._verify.setdefault(positions, _Estimate())
+        if estimate.count:
+            self._line.move(positions, -min(estimate.count, TRUSTED), estimate.value)
+        estimate.add(step.verify_ms)
+        self._line.move(positions, min(estimate.count, TRUSTED), estimate.value)
+        self._line.fit()
         copied = sum(signal.is_estimate for signal in step.signals)
         modelled = step.gamma - copied
         if modelled and (is_warm or not self._first.count):
@@ -86,11 +118,7 @@ class StepCosts:
         if self.is_empty:
             return 1.0
         positions = min(positions, MOST_POSITIONS)
-        if self._fitted is None:
-            self._fitted = self._line()
-        height, slope, center = self._fitted
-        line = max(height + slope * (positions - center), 0.1 * height)
-        own = self._verify.get(positions)
+        line, own = self._line.at(positions), self._verify.get(positions)
         if own is None:
             return line
         trials = min(own.count, TRUSTED)
@@ -110,14 +138,3 @@ class StepCosts:
         if count == 0:
             return 0.0
         return self.draft_ms(is_estimate) + (count - 1) * self.draft_ms(is_estimate, 1)
-
-    def _line(self):
-        """Height, slope and center of the straight line through all measured passes, its slope held to what is usual
-        until lengths far apart have been measured."""
-        weights = {n: min(estimate.count, TRUSTED) for n, estimate in self._verify.items()}
-        total = sum(weights.values())
-        center = sum(weight * n for n, weight in weights.items()) / total
-        height = sum(weight * self._verify[n].value for n, weight in weights.items()) / total
-        spread = sum(weight * (n - center) ** 2 for n, weight in weights.items())
-        rise = sum(weight * (n - center) * (self._verify[n].value - height) for n, weight in weights.items())
-        return height, (rise + GROWTH_TRIALS * USUAL_GROWTH * height) / (spread + GROWTH_TRIALS), center
