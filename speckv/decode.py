@@ -71,7 +71,8 @@ def open_run(target, drafter, input_ids, attention_mask, max_new_tokens, policy,
 
 
 class Draft(NamedTuple):
-    """What a step proposes: tokens [1, n] i64 and the logits [1, n, V] they were drawn from, None where n is 0."""
+    """What a step proposes: tokens [1, n] i64 and the logits [1, n, V] they were drawn from, None where n is 0 or the
+    text is greedy, of which verification asks for no more than the tokens."""
 
     tokens: torch.Tensor
     logits: torch.Tensor | None
@@ -105,6 +106,7 @@ class Run:
         if policy.is_asked:
             self._draft.ask(policy.may_draft)
         self.wants_hidden = drafter.wants_hidden if drafter is not None else ()
+        self._is_greedy = settings.temperature == 0
         self._temperature = torch.full((1,), settings.temperature, device=device)
         self._filters = {name: torch.tensor([value], device=device) for name, value in settings.filters.items()}
         self._numbers = random_numbers(settings)
@@ -154,7 +156,8 @@ class Run:
 
     def _cut(self, draft, gamma):
         """The first tokens of a draft."""
-        return Draft(draft.tokens[:, :gamma], draft.logits[:, :gamma] if gamma else None, draft.signals[:gamma],
+        logits = None if draft.logits is None or gamma == 0 else draft.logits[:, :gamma]
+        return Draft(draft.tokens[:, :gamma], logits, draft.signals[:gamma],
                      self._policy.promise(gamma) if gamma else None, draft.uniform[:, :gamma + 1], draft.ms)
 
     def request(self, draft):
@@ -217,8 +220,9 @@ class Run:
         if self._numbers.are_of_positions:
             tokens = verify_coupled(target_logits, draft.tokens, self._temperature, draft.uniform, **self._filters)
         else:
-            draft_logits = target_logits[:, :0] if draft.logits is None else draft.logits
-            gamma = draft.tokens.new_full((1,), draft.tokens.shape[1])
+            count = draft.tokens.shape[1]
+            draft_logits = target_logits[:, :count] if draft.logits is None else draft.logits
+            gamma = draft.tokens.new_full((1,), count)
             tokens = verify_chain(target_logits, draft_logits, draft.tokens, gamma, self._temperature, draft.uniform,
                                   **self._filters)[0][0].tolist()
         emitted = [token for token in tokens if token >= 0]
@@ -227,7 +231,7 @@ class Run:
         return emitted
 
     def _draft_tokens(self, gamma, uniform):
-        """Draw up to gamma tokens into ids; returns them [1, n], their logits [1, n, V], and their signals."""
+        """Draw up to gamma tokens into ids; returns them [1, n], their logits [1, n, V] or None, and their signals."""
         tokens, logits, signals = [], [], []
         for i in range(gamma):
             ids = self.ids[:, :self.length + i]
@@ -244,13 +248,14 @@ class Run:
             # A GPU kernel reports bad logits as token -1, which no model may be fed; verify_chain sees it as padding.
             self.ids[:, self.length + i] = token.clamp(min=0)
             tokens.append(token)
-            logits.append(row)
+            if not self._is_greedy:
+                logits.append(row)
             signals.append(signal)
             if not goes_on:
                 break
         if not tokens:
             return self.ids[:, :0], None, ()
-        return _joined(tokens), _joined(logits), read_signals(signals)
+        return _joined(tokens), _joined(logits) if logits else None, read_signals(signals)
 
     def _keep(self, emitted):
         """Keep the emitted tokens up to the first that ends the sequence; returns them and how many were drafted."""
