@@ -158,6 +158,9 @@ class _HeadSession:
         self._pending.append((start, hidden))
         self._observed = start + hidden.shape[1]
 
+    def prefill(self, ids):
+        """Nothing: a head reads only the end of a text, when there is a draft to make."""
+
     def next_logits(self, ids):
         """Logits [1, V] of the token after ids [1, n]; -inf where the head cannot draft a token."""
         end = ids.shape[1]
