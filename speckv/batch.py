@@ -53,6 +53,7 @@ def generate_batch(target, drafter, requests, policy="adaptive", fast=False, on_
     return [run.output() for run in runs]
 
 
+@torch.inference_mode()
 def _step(runs):
     """A step of each run, by its index: all drafts, one pass of the target, all verdicts."""
     drafts = {index: _named(index, run.draft) for index, run in runs.items()}
@@ -64,7 +65,6 @@ def _step(runs):
     return {index: _named(index, run.commit, *read[index], rows[index] * of_a_row) for index, run in runs.items()}
 
 
-@torch.inference_mode()
 def _read(runs, drafts):
     """Each run's draft, or what memory leaves of it, and what its target makes of that."""
     if all(isinstance(run.target, FastModel) for run in runs.values()):

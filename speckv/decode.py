@@ -94,6 +94,7 @@ class Run:
         self.end = self.length + settings.max_new_tokens
         self.ids = torch.empty(1, self.end, dtype=torch.int64, device=device)
         self.ids[:, :self.length] = settings.prompt
+        self._host_ids = self.ids.numpy()[0] if device.type == "cpu" else None  # the same memory, written to sooner
         self.finished = settings.max_new_tokens == 0
         self._eos_ids = settings.eos_ids
         self._processors = settings.processors
@@ -129,6 +130,7 @@ class Run:
         if self.wants_hidden:
             self._draft.observe(hidden, start)
 
+    @torch.inference_mode()
     def step(self):
         """Draft, verify, commit; returns the new token ids and the step's record."""
         draft = self.draft()
@@ -136,7 +138,6 @@ class Run:
         draft, logits, hidden = self.read(draft)
         return self.commit(draft, logits, hidden, (time.perf_counter() - started) * 1e3)
 
-    @torch.inference_mode()
     def read(self, draft):
         """The draft, the target's logits [1, n + 1, V] after the last token that stands and after each of the draft,
         and the hidden states that the drafter wants.
@@ -166,7 +167,6 @@ class Run:
         gamma = draft.tokens.shape[1]
         return self.ids[:, :self.length + gamma], gamma + 1
 
-    @torch.inference_mode()
     def draft(self) -> Draft:
         """Propose tokens."""
         try:
@@ -174,7 +174,6 @@ class Run:
         except RuntimeError as error:
             raise self._named(error) from error
 
-    @torch.inference_mode()
     def commit(self, draft, target_logits, hidden, read_ms):
         """Verify a draft by what the target made of it in so many milliseconds; returns the new token ids and the
         step's record."""
@@ -246,7 +245,7 @@ class Run:
             own = self._own_signals() if self._own_signals is not None else None
             token, signal, goes_on = self._policy.draft(row, self._temperature, uniform[:, i], i, own, **self._filters)
             # A GPU kernel reports bad logits as token -1, which no model may be fed; verify_chain sees it as padding.
-            self.ids[:, self.length + i] = token.clamp(min=0)
+            self._put(self.length + i, token.clamp(min=0) if self._host_ids is None else token.item())
             tokens.append(token)
             if not self._is_greedy:
                 logits.append(row)
@@ -261,7 +260,7 @@ class Run:
         """Keep the emitted tokens up to the first that ends the sequence; returns them and how many were drafted."""
         accepted = len(emitted) - 1
         start = self.length
-        self.ids[0, start + accepted] = emitted[-1]  # those before it were drafted, and stand there already
+        self._put(start + accepted, emitted[-1])  # those before it were drafted, and stand there already
         end = next((i + 1 for i, token in enumerate(emitted) if self._is_end(token, start + i + 1)), None)
         emitted = emitted[:end]
         self.length = start + len(emitted)
@@ -271,6 +270,13 @@ class Run:
         if self._draft is not None:
             self._draft.rollback(self.length - 1)
         return emitted, min(accepted, len(emitted))
+
+    def _put(self, position, token):
+        """A token into its place in ids."""
+        if self._host_ids is None:
+            self.ids[0, position] = token
+        else:
+            self._host_ids[position] = token
 
     def _is_end(self, token, length):
         """Whether the text ends with this token, the last of `length`."""

@@ -33,8 +33,13 @@ class _NoNumbers:
 
     are_of_positions = False
 
+    def __init__(self):
+        self._zeros = torch.zeros(1, 1)
+
     def of_step(self, position, gamma):
-        return torch.zeros(1, gamma), torch.zeros(1, gamma + 1)
+        if self._zeros.shape[1] <= gamma:
+            self._zeros = torch.zeros(1, gamma + 1)
+        return self._zeros[:, :gamma], self._zeros[:, :gamma + 1]
 
 
 class _OfSteps:
