@@ -244,8 +244,8 @@ class Run:
                 break
             own = self._own_signals() if self._own_signals is not None else None
             token, signal, goes_on = self._policy.draft(row, self._temperature, uniform[:, i], i, own, **self._filters)
-            # A GPU kernel reports bad logits as token -1, which no model may be fed; verify_chain sees it as padding.
-            self._put(self.length + i, token.clamp(min=0) if self._host_ids is None else token.item())
+            # Triton reports bad logits as token -1, which no model may be fed; verify_chain sees it as padding.
+            self._put(self.length + i, token.clamp(min=0) if self._host_ids is None else max(token.item(), 0))
             tokens.append(token)
             if not self._is_greedy:
                 logits.append(row)
@@ -285,7 +285,7 @@ class Run:
 
     def _named(self, error):
         """An op's complaint about logits with the step it came in; anything else as it is."""
-        if isinstance(error, NumericalError) or re.match(r"(draft_sample|verify_chain): row \d+", str(error)):
+        if isinstance(error, NumericalError) or re.match(r"(draft_sample|draft_step|verify_chain): row \d+", str(error)):
             return NumericalError(f"step {len(self._steps)}: {error}")
         return error
 

@@ -137,6 +137,11 @@ def test_nan_logits_of_the_target_are_named_with_their_step(policy):
         speckv.generate(target, tiny_model(), prompt_ids(), max_new_tokens=20, policy=policy)
 
 
+def test_nan_logits_under_adaptive_are_named_too():
+    with pytest.raises(NumericalError, match="step 1: draft_step: row 0"):  # after a first step that is plain
+        speckv.generate(tiny_model(), poisoned(tiny_model(seed=5), after_calls=1), prompt_ids(), max_new_tokens=20)
+
+
 def test_nan_logits_of_the_drafter_are_named_with_their_step():
     drafter = poisoned(tiny_model(seed=5), after_calls=3)  # the prompt and the first step's two
     with pytest.raises(NumericalError, match="step 1: draft_sample: row 0"):
