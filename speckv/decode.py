@@ -285,7 +285,8 @@ class Run:
 
     def _named(self, error):
         """An op's complaint about logits with the step it came in; anything else as it is."""
-        if isinstance(error, NumericalError) or re.match(r"(draft_sample|draft_step|verify_chain): row \d+", str(error)):
+        ops = r"(draft_sample|draft_step|verify_chain): row \d+"
+        if isinstance(error, NumericalError) or re.match(ops, str(error)):
             return NumericalError(f"step {len(self._steps)}: {error}")
         return error
 
