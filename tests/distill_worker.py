@@ -1,5 +1,7 @@
 """Distillations of a tiny model in processes of their own, which report on a pipe and may be killed."""
 
+import time
+
 import torch
 from tiny_chat import tiny_tokenizer
 from tiny_models import tiny_model
@@ -22,10 +24,14 @@ def _prepared(threads):
     return model, tiny_tokenizer()
 
 
-def distill_tiny(reports, threads, folder, settings):
-    """Distill; reports each progress, and at the end the held-out figures."""
-    best = distill.distill(*_prepared(threads), folder / "drafter", folder / "work", settings, "tiny",
-                           lambda progress: reports.send(progress.done))
+def distill_tiny(reports, threads, folder, settings, pause=0.0):
+    """Distill; reports each progress, and at the end the held-out figures. It pauses for so many seconds after each
+    report: a run of a few milliseconds would be over before anyone could stop it."""
+
+    def on_progress(progress):
+        reports.send(progress.done)
+        time.sleep(pause)
+    best = distill.distill(*_prepared(threads), folder / "drafter", folder / "work", settings, "tiny", on_progress)
     reports.send(best)
 
 

@@ -284,7 +284,7 @@ def test_a_run_killed_at_any_moment_goes_on_and_ends_the_same(processes, setting
     # Of 39 reports a shard and 18 of training: in the first shard, in the second, and three times in training.
     for stop_after in (draw.randint(1, 38), draw.randint(40, 60), draw.randint(40, 43), draw.randint(1, 4),
                        draw.randint(1, 4)):
-        process, reports = start_process(processes, distill_worker.distill_tiny, tmp_path, settings)
+        process, reports = start_process(processes, distill_worker.distill_tiny, tmp_path, settings, 0.01)
         for count, _ in enumerate(received(reports), start=1):
             if count == stop_after:
                 break
