@@ -1,4 +1,4 @@
-"""A target read by the C++ engine, in the place of speckv.cache.CachedModel."""
+"""A model, target or drafter, read by the C++ engine, in the place of speckv.cache.CachedModel."""
 
 import math
 import warnings
@@ -12,7 +12,8 @@ from speckv.engine import MOST_ROWS, DecoderStack, HeldMatrix
 from speckv.errors import ModelError
 
 # Tokens of a prompt beyond which PyTorch reads it sooner, by the type of the weights: its attention is better.
-LONGEST_PROMPT = {torch.bfloat16: 256, torch.float32: MOST_ROWS}
+LONGEST_PROMPT = {torch.bfloat16: 256}
+LONGEST_OF_OTHERS = MOST_ROWS
 _TARGETS = weakref.WeakKeyDictionary()
 
 
@@ -30,7 +31,8 @@ class FastTarget:
             raise ModelError(f"the fast path cannot decode this model: {error}") from error
         self.model = weakref.proxy(model)
         self.embedding = model.get_input_embeddings()
-        self.longest_prompt = math.inf if self.stack.is_quantized else LONGEST_PROMPT[self.stack.cache_dtype]
+        longest = LONGEST_PROMPT.get(self.stack.cache_dtype, LONGEST_OF_OTHERS)
+        self.longest_prompt = math.inf if self.stack.is_quantized else longest
 
     @classmethod
     def of(cls, model):
