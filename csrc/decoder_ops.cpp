@@ -1,49 +1,12 @@
-// The ops that hold weights between calls: opened once for a model, then called by number.
+// The decoder and its matrices as ops.
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cstring>
-#include <map>
-#include <mutex>
 
-#include "buffers.h"
-#include "checks.h"
-#include "decoder.h"
+#include "registry.h"
 
 namespace speckv {
-namespace {
-
-// Objects by number; one that is closed while it is at work lives until that is done.
-template <class Object>
-class Registry {
-public:
-    int64_t add(std::shared_ptr<const Object> object) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        objects_.emplace(++last_, std::move(object));
-        return last_;
-    }
-
-    std::shared_ptr<const Object> get(const char* op, int64_t number) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        const auto found = objects_.find(number);
-        if (found == objects_.end()) {
-            refuse(op, "there is none of number ", number);
-        }
-        return found->second;
-    }
-
-    void remove(int64_t number) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        objects_.erase(number);
-    }
-
-private:
-    std::mutex mutex_;
-    std::map<int64_t, std::shared_ptr<const Object>> objects_;
-    int64_t last_ = 0;
-};
 
 Registry<Decoder>& decoders() {
     static auto* const registry = new Registry<Decoder>;
@@ -54,6 +17,25 @@ Registry<Matrix>& matrices() {
     static auto* const registry = new Registry<Matrix>;
     return *registry;
 }
+
+Cache cache_of(const char* op, const Decoder& decoder, const Tensor& keys, const Tensor& values) {
+    check_shape(op, "keys", keys, {static_cast<int64_t>(decoder.layers.size()), decoder.groups, kAnySize,
+                                   decoder.head_size});
+    check_shape(op, "values", values, {keys.size(0), keys.size(1), keys.size(2), keys.size(3)});
+    check_floating(op, "keys", keys);
+    if (dtype_of(values) != dtype_of(keys) || !keys.is_contiguous() || !values.is_contiguous()) {
+        refuse(op, "keys and values must be contiguous and of one dtype");
+    }
+    return {mutable_data<std::byte>(keys), mutable_data<std::byte>(values), as_logits(keys).dtype, keys.size(2)};
+}
+
+void check_room(const char* op, const Cache& cache, int64_t start, int64_t count) {
+    if (start < 0 || count < 1 || count > cache.capacity || start > cache.capacity - count) {
+        refuse(op, "the cache has room for ", cache.capacity, " tokens, not for ", count, " more after ", start);
+    }
+}
+
+namespace {
 
 constexpr size_t kModelTensors = 3;   // final norm, inverse frequencies, table
 constexpr size_t kLayerTensors = 25;  // four norms, seven matrices of three tensors
@@ -125,17 +107,6 @@ void close_decoder(int64_t decoder) {
     decoders().remove(decoder);
 }
 
-Dtype cache_dtype(const char* op, const Tensor& keys, const Tensor& values, const Decoder& decoder) {
-    check_shape(op, "keys", keys, {static_cast<int64_t>(decoder.layers.size()), decoder.groups, kAnySize,
-                                   decoder.head_size});
-    check_shape(op, "values", values, {keys.size(0), keys.size(1), keys.size(2), keys.size(3)});
-    check_floating(op, "keys", keys);
-    if (dtype_of(values) != dtype_of(keys) || !keys.is_contiguous() || !values.is_contiguous()) {
-        refuse(op, "keys and values must be contiguous and of one dtype");
-    }
-    return as_logits(keys).dtype;
-}
-
 std::tuple<Tensor, Tensor> read_decoder(
     int64_t number, Tensor x, std::vector<Tensor> keys, std::vector<Tensor> values, std::vector<int64_t> starts,
     std::vector<int64_t> counts, std::vector<int64_t> layers) {
@@ -151,12 +122,8 @@ std::tuple<Tensor, Tensor> read_decoder(
     int64_t left = count;
     std::vector<Span> spans;
     for (size_t i = 0; i < keys.size(); ++i) {
-        const Cache cache{mutable_data<std::byte>(keys[i]), mutable_data<std::byte>(values[i]),
-                          cache_dtype(op, keys[i], values[i], *decoder), keys[i].size(2)};
-        if (starts[i] < 0 || counts[i] < 1 || counts[i] > cache.capacity || starts[i] > cache.capacity - counts[i]) {
-            refuse(op, "the cache has room for ", cache.capacity, " tokens, not for ", counts[i], " more after ",
-                   starts[i]);
-        }
+        const Cache cache = cache_of(op, *decoder, keys[i], values[i]);
+        check_room(op, cache, starts[i], counts[i]);
         if (counts[i] > left) {
             break;
         }

@@ -8,7 +8,7 @@ import torch
 
 from speckv.arguments import checked_gamma, checked_settings
 from speckv.cache import check_rollback, vocabulary_size
-from speckv.drafters import as_drafter, open_drafter
+from speckv.drafters import OfSome, as_drafter, open_drafter
 from speckv.errors import NumericalError
 from speckv.fast import open_target
 from speckv.kernels import verify_chain
@@ -103,6 +103,7 @@ class Run:
         self._draft = open_drafter(drafter, fast) if drafter is not None else None
         self._policy = policy
         self._own_signals = getattr(self._draft, "signals", None)
+        self._vocabulary = drafter.vocabulary if drafter is not None else None
         policy.is_asked = hasattr(self._draft, "ask")
         if policy.is_asked:
             self._draft.ask(policy.may_draft)
@@ -233,10 +234,7 @@ class Run:
         """Draw up to gamma tokens into ids; returns them [1, n], their logits [1, n, V] or None, and their signals."""
         tokens, logits, signals = [], [], []
         for i in range(gamma):
-            ids = self.ids[:, :self.length + i]
-            row = self._draft.next_logits(ids)
-            if self._processors and row is not None:
-                row = process_draft(self._processors, ids, row)
+            row, token_ids = self._proposed(self.ids[:, :self.length + i])
             # Drafter and policy end a draft by what is known before the token was drawn: its distribution and the
             # tokens before it. Every token that was drawn is verified, none is dropped for what it is, so the output's
             # distribution stays the target's.
@@ -244,23 +242,53 @@ class Run:
                 break
             own = self._own_signals() if self._own_signals is not None else None
             token, signal, goes_on = self._policy.draft(row, self._temperature, uniform[:, i], i, own, **self._filters)
-            # Triton reports bad logits as token -1, which no model may be fed; verify_chain sees it as padding.
-            self._put(self.length + i, token.clamp(min=0) if self._host_ids is None else max(token.item(), 0))
-            tokens.append(token)
+            tokens.append(self._place(self.length + i, token, token_ids))
             if not self._is_greedy:
-                logits.append(row)
+                logits.append(self._widened(row, token_ids))
             signals.append(signal)
             if not goes_on:
                 break
         if not tokens:
             return self.ids[:, :0], None, ()
-        return _joined(tokens), _joined(logits) if logits else None, read_signals(signals)
+        drawn = _joined(tokens) if self._host_ids is None else self.ids[:, self.length:self.length + len(tokens)]
+        return drawn, _joined(logits) if logits else None, read_signals(signals)
+
+    def _proposed(self, ids):
+        """The drafter's logits [1, S] of the token after ids, None for no proposal, and the ids [S] of its tokens, None
+        for those of the whole vocabulary."""
+        row = self._draft.next_logits(ids)
+        row, token_ids = row if isinstance(row, OfSome) else (row, None)
+        if row is not None and self._processors:
+            return process_draft(self._processors, ids, self._widened(row, token_ids)), None
+        return row, token_ids
+
+    def _widened(self, row, token_ids):
+        """Logits [1, S] of some tokens as those [1, V] of all."""
+        if token_ids is None:
+            return row
+        return row.new_full((1, self._vocabulary), float("-inf")).index_copy_(1, token_ids, row)
+
+    def _place(self, position, token, token_ids):
+        """Put a token that was drawn into ids; returns it [1], or None on a CPU, where it is read from there."""
+        # Triton reports bad logits as token -1, which no model may be fed; verify_chain sees it as padding.
+        if self._host_ids is not None:
+            number = max(token.item(), 0)
+            self._host_ids[position] = number if token_ids is None else token_ids.numpy()[number]
+            return None
+        if token_ids is not None:
+            token = torch.where(token < 0, token, token_ids[token.clamp(min=0)])
+        self.ids[0, position] = token.clamp(min=0)
+        return token
 
     def _keep(self, emitted):
         """Keep the emitted tokens up to the first that ends the sequence; returns them and how many were drafted."""
         accepted = len(emitted) - 1
         start = self.length
-        self._put(start + accepted, emitted[-1])  # those before it were drafted, and stand there already
+        # Those before it were drafted, and stand there already.
+        if self._host_ids is None:
+            self.ids[0, start + accepted] = emitted[-1]
+        else:
+            self._host_ids[start + accepted] = emitted[-1]
         end = next((i + 1 for i, token in enumerate(emitted) if self._is_end(token, start + i + 1)), None)
         emitted = emitted[:end]
         self.length = start + len(emitted)
@@ -270,13 +298,6 @@ class Run:
         if self._draft is not None:
             self._draft.rollback(self.length - 1)
         return emitted, min(accepted, len(emitted))
-
-    def _put(self, position, token):
-        """A token into its place in ids."""
-        if self._host_ids is None:
-            self.ids[0, position] = token
-        else:
-            self._host_ids[position] = token
 
     def _is_end(self, token, length):
         """Whether the text ends with this token, the last of `length`."""

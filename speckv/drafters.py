@@ -1,8 +1,9 @@
 """Where draft tokens come from."""
 
 from inspect import signature
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch.nn.functional import pad
 
 from speckv.cache import check_rollback, context_limit, rope_switch, vocabulary_size
@@ -13,6 +14,16 @@ from speckv.fast import open_target
 # many ids, and this share of the wider. Qwen2.5 has 151,936 and 152,064 by size, Pythia 50,304 to 50,688.
 MOST_PADDING = 1024
 MOST_PADDING_SHARE = 1 / 16
+
+
+class OfSome(NamedTuple):
+    """Logits [B, S] of some tokens of the vocabulary, of those with token_ids [S] i64, ascending; no other is drafted.
+
+    Drawing from a few thousand logits is sooner done than from those of the whole vocabulary, most of them -inf.
+    """
+
+    logits: torch.Tensor
+    token_ids: torch.Tensor
 
 
 class Drafter(Protocol):
@@ -39,7 +50,7 @@ class DraftSession(Protocol):
     """
 
     def next_logits(self, ids):
-        """Logits [B, V] of the token that follows ids [B, n]; ids extends what was seen, up to rollbacks.
+        """Logits [B, V] of the token that follows ids [B, n], or OfSome; ids extends what was seen, up to rollbacks.
 
         None where the drafter has nothing to propose, which ends the step's draft.
         """

@@ -64,11 +64,11 @@ class HeldMatrix:
     """
 
     def __init__(self, module):
-        self._number = torch.ops.speckv.open_matrix(*_parts(module))
-        weakref.finalize(self, torch.ops.speckv.close_matrix, self._number)
+        self.number = torch.ops.speckv.open_matrix(*_parts(module))
+        weakref.finalize(self, torch.ops.speckv.close_matrix, self.number)
 
     def __call__(self, x):
-        return torch.ops.speckv.multiply_matrix(self._number, x)
+        return torch.ops.speckv.multiply_matrix(self.number, x)
 
 
 class DecoderStack:
@@ -86,7 +86,7 @@ class DecoderStack:
         heads = config.num_attention_heads
         self.groups = getattr(config, "num_key_value_heads", None) or heads
         self.head_size = attention.head_dim
-        self.num_layers = config.num_hidden_layers
+        self.num_layers, self.hidden_size = config.num_hidden_layers, config.hidden_size
         self.cache_dtype = model.get_input_embeddings().weight.dtype  # what the model's own cache would have
         tensors, table = [], _NO_TENSOR
         for layer in decoder_layers(model)[1]:
@@ -103,12 +103,12 @@ class DecoderStack:
         self.is_quantized = len(table) > 0
         tensors = [model.base_model.norm.weight.detach().float(), rotary.inv_freq.float(), table, *tensors]
         try:
-            self._number = torch.ops.speckv.open_decoder(
+            self.number = torch.ops.speckv.open_decoder(
                 tensors, heads, self.groups, self.head_size, config.rms_norm_eps, attention.scaling,
                 rotary.attention_scaling)
         except RuntimeError as error:
             raise ModelError(f"{type(model).__name__}: {error}") from error
-        weakref.finalize(self, torch.ops.speckv.close_decoder, self._number)
+        weakref.finalize(self, torch.ops.speckv.close_decoder, self.number)
 
     def open(self):
         return StackSession(self)
@@ -126,7 +126,7 @@ class DecoderStack:
         for session, count in zip(sessions, counts, strict=True):
             session.make_room(count)
         read = torch.ops.speckv.read_decoder(
-            self._number, embedded[0] if len(embedded) == 1 else torch.cat(embedded),
+            self.number, embedded[0] if len(embedded) == 1 else torch.cat(embedded),
             [session.keys for session in sessions], [session.values for session in sessions],
             [session.length for session in sessions], counts, list(layers))
         for session, count in zip(sessions, counts, strict=True):

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from speckv import drafter_folder, engine, pruned
 from speckv.cache import cached, check_rollback, context_limit, rope_switch, vocabulary_size
+from speckv.drafters import OfSome
 from speckv.errors import ModelError
 from speckv.head_engine import HeadEngine
 from speckv.int8 import Int8Linear, linear, replace_linears
@@ -114,7 +115,7 @@ class FeatureHead(nn.Module):
         """What reads one sequence: the engine where it can, a head held in int8; else PyTorch."""
         if not self._knows_engine:
             can_use = isinstance(self.fuse, Int8Linear) and engine.why_not(self.decoder) is None
-            self._engine, self._knows_engine = HeadEngine(self) if can_use else None, True
+            self._engine, self._knows_engine = HeadEngine(self, FARTHEST) if can_use else None, True
         return _Reader(self) if self._engine is None else self._engine.open()
 
 
@@ -123,14 +124,28 @@ class _Reader:
 
     def __init__(self, head):
         self._head = head
-        self.observed, self.continued, self.logits = head.observed, head.continued, head.logits
         self.dtype = head.decoder.get_input_embeddings().weight.dtype
         self._cache = DynamicCache(config=head.decoder.config)
         self._cache.activate_past_recording()
+        self._state = None
 
-    def hidden(self, before, ids):
-        """The last hidden state [1, 1, H] after the next tokens ids [1, n], and what the ones before each bring."""
-        return self._head.hidden(before, ids, self._cache)[:, -1:]
+    def read(self, ids, start, brought, states, first, goes_on):
+        """Logits [1, S] of the token after ids [1, n], the tokens at positions start, start + 1, … of the text.
+
+        brought [positions, H] is what each position brings to the one after it. states [1, m, layers·H], or None, are
+        the target's of positions first, first + 1, …, for which it is worked out now; goes_on says that the position
+        before `start` is one that only the head has read, in the call before.
+        """
+        end = start + ids.shape[1]
+        if states is not None:
+            brought[first:first + states.shape[1]] = self._head.observed(states)[0]
+        if goes_on:
+            brought[start - 1] = self._head.continued(self._state)[0]
+        before = brought[max(start - 1, 0):end - 1].unsqueeze(0)
+        if start == 0:  # nothing comes before the first position
+            before = pad(before, (0, 0, 1, 0))
+        self._state = self._head.hidden(before, ids, self._cache)[:, -1]
+        return self._head.logits(self._state)
 
     def rollback(self, length):
         read = self._cache.get_seq_length()
@@ -142,16 +157,16 @@ class _HeadSession:
     """The head at work on one sequence: which positions it has read, and what was known of the positions before."""
 
     def __init__(self, head, reader):
-        self._head = head
+        self._token_ids = head.token_ids
         self._reader = reader
         self._first = 0   # positions before are not read
         self._length = 0  # positions read, those before the first included
         self._exact = 0   # of these, how many were fed nothing but the target's own features
         self._observed = 0
+        self._continued = None  # the length of the text behind whose end the last logits were, while it stands
         self._pending = []  # (start, hidden states) that no draft has asked for yet
-        # [1, positions, H], what each brings to the next: from the target where observed, then from the head.
         embedding = head.decoder.get_input_embeddings().weight
-        self._brought = embedding.new_zeros(1, 256, embedding.shape[1], dtype=reader.dtype)
+        self._brought = embedding.new_zeros(256, embedding.shape[1], dtype=reader.dtype)
 
     def observe(self, hidden, start: int) -> None:
         """The target's hidden states [1, n, layers·H] of the positions from `start` on."""
@@ -162,25 +177,19 @@ class _HeadSession:
         """Nothing: a head reads only the end of a text, when there is a draft to make."""
 
     def next_logits(self, ids):
-        """Logits [1, V] of the token after ids [1, n]; -inf where the head cannot draft a token."""
+        """Logits [1, S] of the token after ids [1, n], of the tokens that the head can draft."""
         end = ids.shape[1]
         if end - self._length > WINDOW:
             self._first = self._length = end - WINDOW
             self._reader.rollback(0)
         start = self._length
         self._room(max(end, self._observed))
-        self._take_in()
-        before = self._brought[:, max(start - 1, 0):end - 1]
-        if start == 0:  # nothing comes before the first position
-            before = pad(before, (0, 0, 1, 0))
-        hidden = self._reader.hidden(before, ids[:, start:])
-        self._length = end
+        goes_on = self._observed < start == self._continued
+        logits = self._reader.read(ids[:, start:], start, self._brought, *self._take_in(), goes_on)
+        self._length = self._continued = end
         if end <= self._observed + 1:
             self._exact = end
-        if end > self._observed:
-            self._brought[:, end - 1:end] = self._reader.continued(hidden)
-        logits = hidden.new_full((1, self._head.vocabulary), float("-inf"))
-        return logits.index_copy_(1, self._head.token_ids, self._reader.logits(hidden[:, 0]).to(logits.dtype))
+        return OfSome(logits, self._token_ids)
 
     def rollback(self, length: int) -> None:
         """Forget what lies behind `length`, and what was computed from guessed features."""
@@ -188,19 +197,23 @@ class _HeadSession:
         self._first = min(self._first, self._length)
         self._reader.rollback(self._length - self._first)
         self._observed = min(self._observed, length)
+        self._continued = None
         self._pending = [(first, hidden[:, :length - first]) for first, hidden in self._pending if first < length]
 
     def _take_in(self):
-        """Work out what the positions observed since the last draft bring, those of rejected tokens left out."""
-        if self._pending:
-            first, hidden = self._pending[0][0], torch.cat([hidden for _, hidden in self._pending], dim=1)
-            start = max(first, self._first - 1)  # what lies before is not read
-            if start < first + hidden.shape[1]:
-                self._brought[:, start:first + hidden.shape[1]] = self._reader.observed(hidden[:, start - first:])
-            self._pending.clear()
+        """The states observed since the last draft, those of rejected tokens left out, and the position of the first;
+        None for no states."""
+        if not self._pending:
+            return None, 0
+        first = self._pending[0][0]
+        states = [hidden for _, hidden in self._pending]
+        self._pending = []
+        states = states[0] if len(states) == 1 else torch.cat(states, dim=1)
+        start = max(first, self._first - 1)  # what lies before is not read
+        return (states[:, start - first:], start) if start < first + states.shape[1] else (None, 0)
 
     def _room(self, positions):
-        missing = positions - self._brought.shape[1]
+        missing = positions - self._brought.shape[0]
         if missing > 0:
             self._brought = pad(self._brought, (0, 0, 0, missing + positions))
 

@@ -1,22 +1,25 @@
 """A feature head (speckv.head) held in int8, at work in the C++ engine."""
 
-import torch
-from transformers import DynamicCache
+import weakref
 
-from speckv.engine import MOST_ROWS, DecoderStack, HeldMatrix
+import torch
+
+from speckv.engine import DecoderStack, HeldMatrix
 
 
 class HeadEngine:
     """The head's matrices as the engine reads them; open() starts on a sequence."""
 
-    def __init__(self, head):
-        self.embedding = head.decoder.get_input_embeddings()
+    def __init__(self, head, farthest):
         self.stack = DecoderStack(head.decoder)
-        self.from_last, self.from_embedding = (HeldMatrix(half) for half in head.combine_halves())
-        self.fuse, self.rows = HeldMatrix(head.fuse), HeldMatrix(head.rows)
-        # Prompts go through the layers in PyTorch; the head's own methods, since the head itself holds this object.
-        self.read_prompt = head.hidden
-        self.config, self.cap, self.features = head.decoder.config, head.cap, head.features
+        from_last, from_embedding = (HeldMatrix(half) for half in head.combine_halves())
+        fuse, output = HeldMatrix(head.fuse), HeldMatrix(head.rows)
+        self.no_states = torch.empty(0, len(head.center))
+        # It keeps what it is made of, whatever becomes of the objects here.
+        self.number = torch.ops.speckv.open_head(
+            self.stack.number, fuse.number, from_last.number, from_embedding.number, output.number,
+            head.decoder.get_input_embeddings().weight.detach(), head.center, head.scale, farthest, head.cap or 0.0)
+        weakref.finalize(self, torch.ops.speckv.close_head, self.number)
 
     def open(self):
         return _Reader(self)
@@ -30,26 +33,17 @@ class _Reader:
     def __init__(self, engine):
         self._engine = engine
         self._session = engine.stack.open()
+        self._state = torch.empty(engine.stack.hidden_size)
 
-    def observed(self, states):
-        return self._engine.fuse(self._engine.features(states[0])).unsqueeze(0)
-
-    def continued(self, hidden):
-        return self._engine.from_last(hidden[0]).unsqueeze(0)
-
-    def logits(self, hidden):
-        logits, cap = self._engine.rows(hidden), self._engine.cap
-        return torch.tanh(logits / cap) * cap if cap else logits
-
-    def hidden(self, before, ids):
-        engine = self._engine
-        if self._session.length == 0 and ids.shape[1] > MOST_ROWS:
-            cache = DynamicCache(config=engine.config)
-            last = engine.read_prompt(before.to(engine.embedding.weight.dtype), ids, cache)
-            self._session.fill(cache)
-            return last[:, -1:].float()
-        joined = before[0] + engine.from_embedding(engine.embedding(ids[0]).float())
-        return self._session.read(joined)[0][None, -1:]
+    def read(self, ids, start, brought, states, first, goes_on):
+        session, ids = self._session, ids[0]
+        session.make_room(len(ids))
+        logits = torch.ops.speckv.read_head(
+            self._engine.number, ids, start, brought, self._state,
+            self._engine.no_states if states is None else states[0].float(), first, goes_on, session.keys,
+            session.values, session.length)
+        session.length += len(ids)
+        return logits
 
     def rollback(self, length):
         self._session.rollback(length)

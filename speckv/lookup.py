@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from speckv.drafters import as_drafter, open_drafter
+from speckv.drafters import OfSome, as_drafter, open_drafter
 from speckv.errors import InputError
 
 # How many earlier occurrences of the last tokens are looked at, the latest first. It bounds a search to some 80 µs; in
@@ -138,7 +138,6 @@ class _LookupSession:
     """Lookup at work on one sequence."""
 
     def __init__(self, drafter):
-        self._vocabulary = drafter.vocabulary
         self._text = _Text(drafter.longest, drafter.shortest)
         self._standing = 0  # how many tokens of the text stand; behind them lies the step's draft
         self._has_begun = False
@@ -153,7 +152,7 @@ class _LookupSession:
         self._standing = ids.shape[1]
 
     def next_logits(self, ids):
-        """Logits [1, V] that are 0 at the proposed token and -inf elsewhere; None where nothing matches."""
+        """The logit of the one token that is proposed, which is 0; None where nothing matches."""
         if self._is_drafting:
             for token in ids[0, len(self._text.tokens):].tolist():
                 self._text.append(token)
@@ -163,9 +162,7 @@ class _LookupSession:
         self._match = self._text.match()
         if self._match is None:
             return None
-        logits = torch.full((1, self._vocabulary), float("-inf"), dtype=torch.bfloat16, device=ids.device)
-        logits[0, self._match.token] = 0
-        return logits
+        return OfSome(torch.zeros(1, 1, device=ids.device), torch.tensor([self._match.token], device=ids.device))
 
     def signals(self):
         """Entropy in bits and confidence: of a coin that falls as often as such proposals have stood.
@@ -230,7 +227,7 @@ class _LookupFirstSession:
         self._model.observe(hidden, start)
 
     def next_logits(self, ids):
-        """Logits [1, V] of the step's source; the model, where it was not asked, catches up on what it has missed."""
+        """What the step's source proposes; the model, where it was not asked, catches up on what it has missed."""
         if self._source is None:
             # Of the text and of past outcomes only, as the choice of what to draft must be.
             promise = self._lookup.promise(ids) if self._may_draft(True) else 0.0

@@ -109,9 +109,10 @@ class HeadStudent:
 
     kind = head.KIND
 
-    def __init__(self, target, depth, tensors):
+    def __init__(self, target, depth, tensors, is_trained=False):
         self._target = target
         self._depth = depth
+        self._is_trained = is_trained  # the tensors are those of a head that has learned to go on from itself
         self._device = target.device
         self._head = head.build(target, tensors)
         self._head.float()
@@ -157,7 +158,10 @@ class HeadStudent:
                 for kind, layer in zip(kinds, DynamicCache(config=config).layers, strict=True)}
 
     def _depth_at(self, done):
-        """One token deep for half of the training, where most is learnt for the least; then step by step deeper."""
+        """One token deep for half of the training, where most is learnt for the least; then step by step deeper. What
+        was trained deep would forget its later tokens in that half, and win them back in the other."""
+        if self._is_trained:
+            return self._depth
         return 1 if done < 0.5 else min(self._depth, 2 + int((2 * done - 1) * (self._depth - 1)))
 
     def loss(self, batch, num_positions, generator, done):

@@ -145,12 +145,13 @@ def _student(target, settings, sampler, start):
     if settings.kind == "lm":
         start = start or pruned.first_layers(target, settings.num_layers)
         return PrunedStudent(target, settings.num_layers, start)
+    is_trained = start is not None
     if start is None or len(start[head.TOKEN_IDS]) > settings.head_tokens:
         frequent = sampler.frequent_tokens(settings.head_tokens, vocabulary_size(target))
         if start is None:
             start = head.initial_tensors(target, frequent, *sampler.feature_statistics(), settings.num_layers)
         start = start | {head.TOKEN_IDS: frequent.int()}  # a head's own weights are the same for any tokens
-    return HeadStudent(target, settings.depth, start)
+    return HeadStudent(target, settings.depth, start, is_trained)
 
 
 def _share_done(state, settings, text_seconds):

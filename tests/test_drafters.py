@@ -7,7 +7,7 @@ from tiny_models import noisy_copy, prompt_ids, tiny_model
 
 import speckv
 from speckv import ModelError, drafters, profile_decode
-from speckv.drafters import CausalLMDrafter
+from speckv.drafters import CausalLMDrafter, OfSome
 from speckv.lookup import LookupFirst
 from speckv.models import load_drafter
 
@@ -120,3 +120,45 @@ def test_how_far_widths_may_differ(own, vocabulary, is_padding):
 def test_a_drafter_object_made_for_another_width_is_refused(target):
     with pytest.raises(ModelError, match="draft vocabulary is 97, target 101"):
         speckv.generate(target, CausalLMDrafter(resized(target, NARROWER)), prompt_ids())
+
+
+class Some:
+    """The target as its own drafter, of which only the `count` most probable tokens are proposed."""
+
+    context = rope_switch = None
+    name, wants_hidden = "the most probable", ()
+
+    def __init__(self, target, count):
+        self.drafter, self.count = CausalLMDrafter(target), count
+        self.vocabulary = self.drafter.vocabulary
+
+    def open(self):
+        self.session = self.drafter.open()
+        self.rollback = self.session.rollback
+        return self
+
+    def next_logits(self, ids):
+        logits = self.session.next_logits(ids)
+        token_ids = logits[0].topk(self.count).indices.sort().values
+        return OfSome(logits[:, token_ids], token_ids)
+
+
+@pytest.mark.parametrize("processors", [None, [lambda ids, scores: scores.roll(1, dims=1)]], ids=["as is", "processed"])
+@pytest.mark.parametrize("policy", ["fixed:3", "hf-confidence"])
+def test_logits_of_some_tokens_are_taken_for_those(target, policy, processors):
+    ids = prompt_ids()
+    outputs = [speckv.generate(target, draft, ids, max_new_tokens=40, policy=policy, logits_processor=processors)
+               for draft in (Some(target, 1), Some(target, 5), target)]
+    for output in outputs:
+        assert output.acceptance_rate == 1.0
+        assert torch.equal(output.sequences, outputs[-1].sequences)
+
+
+def test_samples_of_some_tokens_are_accepted_as_often_as_the_target_draws_them(target):
+    def rate(count):
+        outputs = [speckv.generate(target, Some(target, count), prompt_ids(), max_new_tokens=100, policy="fixed:2",
+                                   temperature=1.0, eos_token_id=[], seed=None) for _ in range(4)]
+        return sum(step.accepted for output in outputs for step in output.steps) / sum(
+            step.gamma for output in outputs for step in output.steps)
+    assert rate(WIDTH) == 1.0
+    assert 0.05 < rate(20) < 0.95

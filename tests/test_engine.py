@@ -275,7 +275,7 @@ def test_ops_refuse_what_does_not_fit():
     keys, values = torch.zeros(3, 2, 4, 8), torch.zeros(3, 2, 4, 8)
 
     def read(x, keys, values, starts, counts, layers=()):
-        return torch.ops.speckv.read_decoder(stack._number, x, keys, values, starts, counts, list(layers))
+        return torch.ops.speckv.read_decoder(stack.number, x, keys, values, starts, counts, list(layers))
     one, huge = torch.zeros(1, 32), 2**63 - 1
     for given, starts, counts, layers, words in (
             (torch.zeros(1, 31), [0], [1], [], "size 32"), (torch.zeros(5, 32), [0], [5], [], "room for 4 tokens"),
@@ -298,7 +298,7 @@ def test_ops_refuse_what_does_not_fit():
 
 def test_weights_are_let_go_with_the_model():
     target = tiny_model("llama")
-    decoder, head = FastTarget.of(target).stack._number, FastTarget.of(target).head._number
+    decoder, head = FastTarget.of(target).stack.number, FastTarget.of(target).head.number
     speckv.generate(target, None, prompt_ids(4), max_new_tokens=4, policy="off", fast=True)
     del target
     gc.collect()
