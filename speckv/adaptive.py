@@ -95,11 +95,10 @@ class _AdaptiveSession(PolicySession):
         source = self._experience.sources[is_estimate]
         if drafted == 0:
             source.begin()
-        self._state.write(self._signals, drafted, own)
+        self._state.write(self._signals.numpy()[0], drafted, own)
         stop_here = min(drafted + 1, LONGEST_COUNTED - 1)
         # Of the two seconds only the difference matters to the rule.
-        more_ms = (costs.draft_ms(is_estimate, drafted + 1)
-                   + max(0.0, costs.verify_ms(drafted + 3) - costs.verify_ms(drafted + 2)))
+        more_ms = costs.draft_ms(is_estimate, drafted + 1) + costs.one_more_ms(drafted + 2)
         self._more_seconds[0] = 1 + more_ms / 1e3
         inputs = (self._signals, self._drafted[drafted], *self._weights, self._pairs[stop_here], self._seconds)
         if device.type != "cpu":
@@ -109,7 +108,7 @@ class _AdaptiveSession(PolicySession):
         entropy, confidence, gamma = read_numbers(entropy, confidence, gamma)
         if gamma < 0 or math.isnan(entropy):
             raise NumericalError("draft_step: row 0: the logits are not a distribution (NaN, +inf, or all -inf)")
-        self._signals = signals.cpu()
+        self._signals = signals if device.type == "cpu" else signals.cpu()
         signal = Signal(*own, is_estimate=True) if is_estimate else Signal(entropy, confidence)
         # Two estimates of S must both say so: the controller's has seen no draft longer than LONGEST_COUNTED.
         survival = self._state.after(signal.confidence)

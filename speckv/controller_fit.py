@@ -44,7 +44,7 @@ def examples(sequences) -> Examples:
         for step in steps:
             state.begin()
             for i, signal in enumerate(step.signals):
-                state.write(signals, i, (signal.entropy, signal.confidence) if signal.is_estimate else None)
+                state.write(signals.numpy()[0], i, (signal.entropy, signal.confidence) if signal.is_estimate else None)
                 # What draft_step measures of a proposal of lookup, which is one-hot, is 0 bits and confidence 1.
                 measured = (0.0, 1.0) if signal.is_estimate else (signal.entropy, signal.confidence)
                 signals = update_signals(signals, torch.tensor([i]), *(torch.tensor([x]) for x in measured))

@@ -42,16 +42,17 @@ class _Line:
         self._weight = self._n = self._value = self._squares = self._products = 0.0
         self._height = self._slope = self._center = math.nan
 
-    def move(self, n, weight, value):
-        """Count a length with so much more weight, or less of it where that is negative, and with this value."""
-        self._weight += weight
-        self._n += weight * n
-        self._value += weight * value
-        self._squares += weight * n * n
-        self._products += weight * n * value
+    def change(self, n, weight, value, new_weight, new_value):
+        """Count a length with a new weight and value in the place of these, and fit the line.
 
-    def fit(self):
-        """The slope is held to what is usual until lengths far apart have been measured."""
+        The slope is held to what is usual until lengths far apart have been measured.
+        """
+        more, change = new_weight - weight, new_weight * new_value - weight * value
+        self._weight += more
+        self._n += more * n
+        self._value += change
+        self._squares += more * n * n
+        self._products += change * n
         self._center, self._height = self._n / self._weight, self._value / self._weight
         spread = self._squares - self._center * self._n
         rise = self._products - self._center * self._value
@@ -87,12 +88,14 @@ class StepCosts:
         too, and tells nothing of the next.
         """
         positions = min(step.gamma + 1, MOST_POSITIONS)
-        estimate = self._verify.setdefault(positions, _Estimate())
-        if estimate.count:
-            self._line.move(positions, -min(estimate.count, TRUSTED), estimate.value)
+        estimate = self._verify.get(positions)
+        if estimate is None:
+            estimate = self._verify[positions] = _Estimate()
+            weight, value = 0, 0.0
+        else:
+            weight, value = min(estimate.count, TRUSTED), estimate.value
         estimate.add(step.verify_ms)
-        self._line.move(positions, min(estimate.count, TRUSTED), estimate.value)
-        self._line.fit()
+        self._line.change(positions, weight, value, min(estimate.count, TRUSTED), estimate.value)
         copied = sum(signal.is_estimate for signal in step.signals)
         modelled = step.gamma - copied
         if modelled and (is_warm or not self._first.count):
@@ -123,6 +126,10 @@ class StepCosts:
             return line
         trials = min(own.count, TRUSTED)
         return (trials * own.value + LINE_TRIALS * line) / (trials + LINE_TRIALS)
+
+    def one_more_ms(self, positions: int) -> float:
+        """What a pass over so many positions takes longer by one more."""
+        return max(0.0, self.verify_ms(positions + 1) - self.verify_ms(positions))
 
     def step_ms(self, gamma: int, is_estimate: bool = False) -> float:
         """Of a whole step with gamma draft tokens of one kind."""

@@ -112,6 +112,7 @@ class Run:
         self._temperature = torch.full((1,), settings.temperature, device=device)
         self._filters = {name: torch.tensor([value], device=device) for name, value in settings.filters.items()}
         self._numbers = random_numbers(settings)
+        self._counts = {}  # as tensors
         self._longest_draft = settings.max_new_tokens
 
     @torch.inference_mode()
@@ -207,11 +208,12 @@ class Run:
         # The target adds a token of its own, so one less than what is missing is worth drafting.
         gamma = min(checked_gamma(self._policy, self._draft), self._longest_draft, self.end - self.length - 1)
         to_draft, to_verify = self._numbers.of_step(self.length - self._prompt_length, gamma)
-        tokens, logits, signals = self._draft_tokens(gamma, to_draft.to(self.ids.device, non_blocking=True))
+        if self._host_ids is None:
+            to_draft, to_verify = (numbers.to(self.ids.device, non_blocking=True) for numbers in (to_draft, to_verify))
+        tokens, logits, signals = self._draft_tokens(gamma, to_draft)
         gamma = tokens.shape[1]
         promise = self._policy.promise(gamma) if gamma else None
-        uniform = to_verify[:, :gamma + 1].to(self.ids.device, non_blocking=True)
-        return Draft(tokens, logits, signals, promise, uniform, (time.perf_counter() - started) * 1e3)
+        return Draft(tokens, logits, signals, promise, to_verify[:, :gamma + 1], (time.perf_counter() - started) * 1e3)
 
     def _verified(self, draft, target_logits):
         """The tokens that the step emits: those of the draft that are accepted, and one of the target's own."""
@@ -222,9 +224,10 @@ class Run:
         else:
             count = draft.tokens.shape[1]
             draft_logits = target_logits[:, :count] if draft.logits is None else draft.logits
-            gamma = draft.tokens.new_full((1,), count)
-            tokens = verify_chain(target_logits, draft_logits, draft.tokens, gamma, self._temperature, draft.uniform,
-                                  **self._filters)[0][0].tolist()
+            if count not in self._counts:
+                self._counts[count] = draft.tokens.new_full((1,), count)
+            tokens = verify_chain(target_logits, draft_logits, draft.tokens, self._counts[count], self._temperature,
+                                  draft.uniform, **self._filters)[0][0].tolist()
         emitted = [token for token in tokens if token >= 0]
         if not emitted:
             raise NumericalError("verify_chain: row 0: the logits are not a distribution (NaN, +inf, or all -inf)")

@@ -164,14 +164,14 @@ class _HeadSession:
         self._exact = 0   # of these, how many were fed nothing but the target's own features
         self._observed = 0
         self._continued = None  # the length of the text behind whose end the last logits were, while it stands
-        self._pending = []  # (start, hidden states) that no draft has asked for yet
+        self._pending = []  # (start, hidden states, end) that no draft has asked for yet; what lies behind the end fell
         embedding = head.decoder.get_input_embeddings().weight
         self._brought = embedding.new_zeros(256, embedding.shape[1], dtype=reader.dtype)
 
     def observe(self, hidden, start: int) -> None:
         """The target's hidden states [1, n, layers·H] of the positions from `start` on."""
-        self._pending.append((start, hidden))
         self._observed = start + hidden.shape[1]
+        self._pending.append((start, hidden, self._observed))
 
     def prefill(self, ids):
         """Nothing: a head reads only the end of a text, when there is a draft to make."""
@@ -198,19 +198,23 @@ class _HeadSession:
         self._reader.rollback(self._length - self._first)
         self._observed = min(self._observed, length)
         self._continued = None
-        self._pending = [(first, hidden[:, :length - first]) for first, hidden in self._pending if first < length]
+        while self._pending and self._pending[-1][2] > length:
+            first, hidden, _ = self._pending.pop()
+            if first < length:
+                self._pending.append((first, hidden, length))
 
     def _take_in(self):
         """The states observed since the last draft, those of rejected tokens left out, and the position of the first;
         None for no states."""
         if not self._pending:
             return None, 0
-        first = self._pending[0][0]
-        states = [hidden for _, hidden in self._pending]
+        # What lies before the first position that is read is not asked for.
+        start = max(self._pending[0][0], self._first - 1)
+        states = [hidden[:, max(start - first, 0):end - first] for first, hidden, end in self._pending if end > start]
         self._pending = []
-        states = states[0] if len(states) == 1 else torch.cat(states, dim=1)
-        start = max(first, self._first - 1)  # what lies before is not read
-        return (states[:, start - first:], start) if start < first + states.shape[1] else (None, 0)
+        if not states:
+            return None, 0
+        return states[0] if len(states) == 1 else torch.cat(states, dim=1), start
 
     def _room(self, positions):
         missing = positions - self._brought.shape[0]

@@ -34,12 +34,12 @@ class _NoNumbers:
     are_of_positions = False
 
     def __init__(self):
-        self._zeros = torch.zeros(1, 1)
+        self._zeros = {}  # gamma: the same two every time
 
     def of_step(self, position, gamma):
-        if self._zeros.shape[1] <= gamma:
-            self._zeros = torch.zeros(1, gamma + 1)
-        return self._zeros[:, :gamma], self._zeros[:, :gamma + 1]
+        if gamma not in self._zeros:
+            self._zeros[gamma] = torch.zeros(1, gamma), torch.zeros(1, gamma + 1)
+        return self._zeros[gamma]
 
 
 class _OfSteps:
