@@ -7,52 +7,105 @@ namespace {
 
 constexpr int64_t kTileKeys = 32;  // brought to fp32 together: with 64 values each they take a quarter of L1
 
-// The row in fp32; what is behind it up to `width` is left as it is.
-void widen(const Row& row, float* out) {
-    for (int64_t start = 0; start < row.size; start += kBlockSize) {
-        const Block block = load_block(row, start, out + start);
-        if (block.values != out + start) {
-            std::copy(block.values, block.values + block.size, out + start);
+// Rows `first`, first + 1, ... of a head in fp32, `width` apart; what is behind a row up to there is left as it is.
+void widen(const Heads& heads, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t width, float* out) {
+    const Row start = heads.row(batch, head, first);
+    const bool is_one_piece = width == heads.size && heads.stride_bytes[2] == width * element_bytes(heads.dtype);
+    const int64_t pieces = is_one_piece ? 1 : count;
+    const int64_t size = is_one_piece ? count * width : heads.size;
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+        const auto* const from = static_cast<const std::byte*>(start.logits) + piece * heads.stride_bytes[2];
+        float* const to = out + piece * width;
+        if (heads.dtype == Dtype::kFloat32) {
+            std::copy_n(reinterpret_cast<const float*>(from), size, to);
+        } else {
+            const auto load = heads.dtype == Dtype::kBFloat16 ? load_bfloat16 : load_float16;
+            load(reinterpret_cast<const uint16_t*>(from), size, to);
         }
     }
 }
 
-SPECKV_INLINE float dot(const float* a, const float* b, int64_t width) {
-    Floats sum = {};
-    for (int64_t i = 0; i < width; i += kLanes) {
-        Floats x, y;
-        load(a + i, x);
-        load(b + i, y);
-        sum += x * y;
-    }
-    return sum_lanes(sum);
-}
-
-// scores[row * stride + key] = queries[row] . keys[key]
+// scores[row * stride + key] = queries[row] . keys[key] for all keys of a tile. What is behind a tile's last key up to a
+// whole vector gets a score too.
 SPECKV_CLONES void add_scores(
     const float* queries, int64_t rows, const float* keys, int64_t count, int64_t width, float* scores,
     int64_t stride) {
-    for (int64_t key = 0; key < count; ++key) {
+    for (int64_t first = 0; first < count; first += kLanes) {
         for (int64_t row = 0; row < rows; ++row) {
-            scores[row * stride + key] = dot(queries + row * width, keys + key * width, width);
+            Floats sums[kLanes] = {};
+            for (int64_t i = 0; i < width; i += kLanes) {
+                Floats query;
+                load(queries + row * width + i, query);
+#pragma GCC unroll 16
+                for (int64_t key = 0; key < kLanes; ++key) {
+                    Floats value;
+                    load(keys + (first + key) * width + i, value);
+                    sums[key] += query * value;
+                }
+            }
+            Floats all;
+            sum_lanes_of_all(sums, all);
+            store(all, scores + row * stride + first);
         }
+    }
+}
+
+// Some rows and some vectors of a row at a time: a single sum would wait for its own result at every key.
+template <int rows, int vectors>
+SPECKV_INLINE void add_some_values(
+    const float* weights, int64_t stride, const float* values, int64_t count, int64_t width, float* out) {
+    Floats sums[rows][vectors];
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; ++i) {
+            load(out + row * width + i * kLanes, sums[row][i]);
+        }
+    }
+    for (int64_t key = 0; key < count; ++key) {
+        Floats value[vectors];
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; ++i) {
+            load(values + key * width + i * kLanes, value[i]);
+        }
+#pragma GCC unroll 4
+        for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 4
+            for (int i = 0; i < vectors; ++i) {
+                sums[row][i] += weights[row * stride + key] * value[i];
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; ++i) {
+            store(sums[row][i], out + row * width + i * kLanes);
+        }
+    }
+}
+
+template <int rows>
+SPECKV_INLINE void add_values_to_rows(
+    const float* weights, int64_t stride, const float* values, int64_t count, int64_t width, float* out) {
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
+        add_some_values<rows, 4>(weights, stride, values + i, count, width, out + i);
+    }
+    for (; i < width; i += kLanes) {
+        add_some_values<rows, 1>(weights, stride, values + i, count, width, out + i);
     }
 }
 
 // out[row] += weights[row * stride + key] * values[key], key by key in their order.
 SPECKV_CLONES void add_values(
     const float* weights, int64_t stride, int64_t rows, const float* values, int64_t count, int64_t width, float* out) {
-    for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t i = 0; i < width; i += kLanes) {
-            Floats sum;
-            load(out + row * width + i, sum);
-            for (int64_t key = 0; key < count; ++key) {
-                Floats value;
-                load(values + key * width + i, value);
-                sum += weights[row * stride + key] * value;
-            }
-            store(sum, out + row * width + i);
-        }
+    int64_t row = 0;
+    for (; row + 3 <= rows; row += 3) {
+        add_values_to_rows<3>(weights + row * stride, stride, values, count, width, out + row * width);
+    }
+    for (; row < rows; ++row) {
+        add_values_to_rows<1>(weights + row * stride, stride, values, count, width, out + row * width);
     }
 }
 
@@ -70,13 +123,11 @@ void attend(const Problem& problem, int64_t batch, int64_t group, Buffer<float>&
     float* const scores = tile + kTileKeys * tile_width;
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t head = group * problem.group + row / problem.queries;
-        widen(problem.query.row(batch, head, row % problem.queries), queries + row * key_width);
+        widen(problem.query, batch, head, row % problem.queries, 1, key_width, queries + row * key_width);
     }
     for (int64_t start = 0; start < problem.positions; start += kTileKeys) {
         const int64_t count = std::min(kTileKeys, problem.positions - start);
-        for (int64_t key = 0; key < count; ++key) {
-            widen(problem.key.row(batch, group, start + key), tile + key * key_width);
-        }
+        widen(problem.key, batch, group, start, count, key_width, tile);
         add_scores(queries, rows, tile, count, key_width, scores + start, stride);
     }
     for (int64_t row = 0; row < rows; ++row) {
@@ -92,9 +143,7 @@ void attend(const Problem& problem, int64_t batch, int64_t group, Buffer<float>&
     std::fill(tile, tile + kTileKeys * tile_width, 0.0f);  // the padding of the values
     for (int64_t start = 0; start < problem.positions; start += kTileKeys) {
         const int64_t count = std::min(kTileKeys, problem.positions - start);
-        for (int64_t key = 0; key < count; ++key) {
-            widen(problem.value.row(batch, group, start + key), tile + key * value_width);
-        }
+        widen(problem.value, batch, group, start, count, value_width, tile);
         add_values(scores + start, stride, rows, tile, count, value_width, out);
     }
 }
