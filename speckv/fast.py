@@ -11,9 +11,7 @@ from speckv.cache import CachedModel, cached, hidden_states
 from speckv.engine import MOST_ROWS, DecoderStack, HeldMatrix
 from speckv.errors import ModelError
 
-# Tokens of a prompt beyond which PyTorch reads it sooner, by the type of the weights: its attention is better.
-LONGEST_PROMPT = {torch.bfloat16: 256}
-LONGEST_OF_OTHERS = MOST_ROWS
+LONGEST_FLOAT_PROMPT = MOST_ROWS  # tokens; PyTorch reads a longer one sooner where the weights are fp32
 _TARGETS = weakref.WeakKeyDictionary()
 
 
@@ -31,8 +29,8 @@ class FastTarget:
             raise ModelError(f"the fast path cannot decode this model: {error}") from error
         self.model = weakref.proxy(model)
         self.embedding = model.get_input_embeddings()
-        longest = LONGEST_PROMPT.get(self.stack.cache_dtype, LONGEST_OF_OTHERS)
-        self.longest_prompt = math.inf if self.stack.is_quantized else longest
+        is_float = self.stack.cache_dtype == torch.float32 and not self.stack.is_quantized
+        self.longest_prompt = LONGEST_FLOAT_PROMPT if is_float else math.inf
 
     @classmethod
     def of(cls, model):
@@ -48,8 +46,7 @@ class FastTarget:
 class FastModel:
     """One sequence read by a FastTarget; serves as a speckv.cache.CachedModel does.
 
-    Long prompts in fp32 and bf16 are read by the model itself, whose operations are made for many rows; bitsandbytes'
-    bring the weights to 16 bits first, and take longer than the engine.
+    Long prompts in fp32 are read by the model itself, whose operations are made for many rows.
     """
 
     def __init__(self, target):
