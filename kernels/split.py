@@ -1,0 +1,119 @@
+"""A row of logits read by several programs in one launch: what draft.py does where a batch alone leaves units idle.
+
+Each program of a row measures its share of the row's blocks, stores what it found of each and counts itself in. The
+one that comes last loads what all of them found and finishes the row as if it had read it alone: the blocks and their
+sums are the same, so the results have the same bits, whoever comes last. No program waits for another.
+"""
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+UNITS_OF_THE_INTERPRETER = 16  # splits rows of a few blocks in tests, at some milliseconds a program
+# At an SM's peak rate of exp a block takes a quarter of a microsecond, and meeting takes about one (docs/gpu.md).
+LEAST_BLOCKS_SAVED = 4
+
+
+@triton.jit
+def share_of_blocks(blocks):
+    """The first block of its row that this program reads, and the one after its last."""
+    share = tl.cdiv(blocks, tl.num_programs(1))
+    first = tl.program_id(1) * share
+    return first, tl.minimum(first + share, blocks)
+
+
+@triton.jit
+def store_partials(partials_ptr, measures, NUM_BLOCKS: tl.constexpr):
+    """The four measures of one block, into a row's [4, NUM_BLOCKS] from this block on."""
+    for i in tl.static_range(4):
+        tl.store(partials_ptr + i * NUM_BLOCKS, measures[i])
+
+
+@triton.jit
+def comes_last(counter_ptr):
+    """Whether the other programs of the row have stored their partials; the counter is 0 before and after a launch."""
+    # Partials are scalars, which one thread of a program stores, the one that counts: its release covers them. The
+    # barrier is there should a compiler have others store them.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    is_last = arrived == tl.num_programs(1) - 1
+    tl.store(counter_ptr, 0, mask=is_last)
+    return is_last
+
+
+@triton.jit
+def load_partials(partials_ptr, blocks, NUM_BLOCKS: tl.constexpr):
+    """The measures of the first `blocks` blocks of a row, as vectors [NUM_BLOCKS] that are empty behind those.
+
+    Read past L1, which does not see what other units write.
+    """
+    index = tl.arange(0, NUM_BLOCKS)
+    mask = index < blocks
+    maxima = tl.load(partials_ptr + index, mask=mask, other=float("-inf"), cache_modifier=".cg")
+    sums_at_temperature = tl.load(partials_ptr + NUM_BLOCKS + index, mask=mask, other=0.0, cache_modifier=".cg")
+    sums = tl.load(partials_ptr + 2 * NUM_BLOCKS + index, mask=mask, other=0.0, cache_modifier=".cg")
+    moments = tl.load(partials_ptr + 3 * NUM_BLOCKS + index, mask=mask, other=0.0, cache_modifier=".cg")
+    return maxima, sums_at_temperature, sums, moments
+
+
+def parts_of_a_row(rows, blocks, units):
+    """How many programs share a row of so many blocks, on a GPU of so many units (SMs or CUs).
+
+    As many as leave each program a unit to itself, with shares as even as whole blocks can be: what the slowest
+    program reads decides, and two on one unit halve each other's rate. A row stays whole where less would be saved
+    than meeting costs.
+    """
+    share = triton.cdiv(blocks, max(1, units // max(1, rows)))
+    return triton.cdiv(blocks, share) if blocks - share >= LEAST_BLOCKS_SAVED else 1
+
+
+@functools.cache
+def units_of(device):
+    if device.type != "cuda":
+        return UNITS_OF_THE_INTERPRETER
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# (device, stream) -> counters [rows] i32, all 0, and partials f32. Launches of one stream run one after the other and
+# so can share them; on two streams they may overlap. Zeroed once: the last program of a row puts its counter back.
+_workspaces = {}
+
+
+def new_workspace(device, rows, partials):
+    return (torch.zeros(rows, dtype=torch.int32, device=device),
+            torch.empty(partials, dtype=torch.float32, device=device))
+
+
+@contextlib.contextmanager
+def split_rows(logits, filters, options):
+    """For one launch over logits [B, V]: how many programs share a row, and the arguments with which they meet.
+
+    Rows with filters stay whole: the measuring is one of some hundred passes over them.
+    """
+    rows, vocabulary = logits.shape
+    device = logits.device
+    parts = parts_of_a_row(rows, triton.cdiv(vocabulary, options["BLOCK_V"]), units_of(device))
+    if parts == 1 or filters["IS_FILTERED"]:
+        yield 1, {"counters_ptr": None, "partials_ptr": None, "IS_SPLIT": False}
+        return
+
+    num_partials = rows * 4 * options["NUM_BLOCKS"]
+    is_captured = logits.is_cuda and torch.cuda.is_current_stream_capturing()
+    if is_captured:
+        # A graph can be replayed on any stream, beside launches of the one it was captured on. So it has counters of
+        # its own, zeroed by the graph in each replay.
+        counters, partials = new_workspace(device, rows, num_partials)
+    else:
+        key = device, torch.cuda.current_stream(device).cuda_stream if logits.is_cuda else 0
+        # Taken out while in use: a launch that fails, as one can in the interpreter, leaves counters that are not 0
+        # to nobody. (A kernel that aborts on a GPU takes the process's whole context with it.)
+        counters, partials = _workspaces.pop(key, None) or new_workspace(device, 0, 0)
+        if counters.numel() < rows or partials.numel() < num_partials:
+            counters, partials = new_workspace(
+                device, max(rows, counters.numel()), max(num_partials, partials.numel()))
+    yield parts, {"counters_ptr": counters, "partials_ptr": partials, "IS_SPLIT": True}
+    if not is_captured:
+        _workspaces[key] = counters, partials
