@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 
 UNITS_OF_THE_INTERPRETER = 16  # splits rows of a few blocks in tests, at some milliseconds a program
-# At an SM's peak rate of exp a block takes a quarter of a microsecond, and meeting takes about one (docs/gpu.md).
-LEAST_BLOCKS_SAVED = 4
+PROGRAMS_OF_A_UNIT = 2  # that it holds at once: 80 registers by 256 threads leave room for a third
+# An SM at its peak rate of exp takes a quarter of a microsecond a block, and meeting about one (both: bench/gpu.py).
+LEAST_BLOCKS_SAVED = 6
 
 
 @triton.jit
@@ -59,15 +60,19 @@ def load_partials(partials_ptr, blocks, NUM_BLOCKS: tl.constexpr):
     return maxima, sums_at_temperature, sums, moments
 
 
+@functools.cache
 def parts_of_a_row(rows, blocks, units):
     """How many programs share a row of so many blocks, on a GPU of so many units (SMs or CUs).
 
-    As many as leave each program a unit to itself, with shares as even as whole blocks can be: what the slowest
-    program reads decides, and two on one unit halve each other's rate. A row stays whole where less would be saved
-    than meeting costs.
+    As many as leave the busiest unit the fewest blocks to read, and as few as do. A row stays whole where less would
+    be saved than meeting costs.
     """
-    share = triton.cdiv(blocks, max(1, units // max(1, rows)))
-    return triton.cdiv(blocks, share) if blocks - share >= LEAST_BLOCKS_SAVED else 1
+    def most_blocks(share):
+        return triton.cdiv(rows * triton.cdiv(blocks, share), units) * share
+    shares = [share for share in range(blocks, 0, -1)
+              if rows * triton.cdiv(blocks, share) <= PROGRAMS_OF_A_UNIT * units]
+    best = min(shares, key=most_blocks, default=blocks)
+    return triton.cdiv(blocks, best) if most_blocks(blocks) - most_blocks(best) >= LEAST_BLOCKS_SAVED else 1
 
 
 @functools.cache
