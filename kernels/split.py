@@ -7,6 +7,7 @@ sums are the same, so the results have the same bits, whoever comes last. No pro
 
 import contextlib
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -82,14 +83,27 @@ def units_of(device):
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# (device, stream) -> counters [rows] i32, all 0, and partials f32. Launches of one stream run one after the other and
-# so can share them; on two streams they may overlap. Zeroed once: the last program of a row puts its counter back.
+# Stream, None on a CPU -> counters [rows] i32, all 0, and partials f32. Launches of one stream run one after the other
+# and so can share them; on two streams they may overlap. Zeroed once: the last program of a row puts its counter back.
 _workspaces = {}
 
 
 def new_workspace(device, rows, partials):
     return (torch.zeros(rows, dtype=torch.int32, device=device),
             torch.empty(partials, dtype=torch.float32, device=device))
+
+
+def new_workspace_to_keep(device, stream, rows, partials):
+    """A workspace for launches on this stream, also later ones.
+
+    Allocated in a thread of its own: what the thread that warms up the CUDA graphs of torch.compile allocates is taken
+    from the graphs' memory, of which they refuse to have anything kept.
+    """
+    def allocate():
+        with torch.cuda.stream(stream):
+            return new_workspace(device, rows, partials)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(allocate).result()
 
 
 @contextlib.contextmanager
@@ -112,13 +126,15 @@ def split_rows(logits, filters, options):
         # its own, zeroed by the graph in each replay.
         counters, partials = new_workspace(device, rows, num_partials)
     else:
-        key = device, torch.cuda.current_stream(device).cuda_stream if logits.is_cuda else 0
+        stream = torch.cuda.current_stream(device) if logits.is_cuda else None
         # Taken out while in use: a launch that fails, as one can in the interpreter, leaves counters that are not 0
         # to nobody. (A kernel that aborts on a GPU takes the process's whole context with it.)
-        counters, partials = _workspaces.pop(key, None) or new_workspace(device, 0, 0)
-        if counters.numel() < rows or partials.numel() < num_partials:
-            counters, partials = new_workspace(
-                device, max(rows, counters.numel()), max(num_partials, partials.numel()))
+        workspace = _workspaces.pop(stream, None)
+        most_rows, most_partials = map(torch.numel, workspace) if workspace else (0, 0)
+        if most_rows < rows or most_partials < num_partials:
+            workspace = new_workspace_to_keep(
+                device, stream, max(rows, most_rows), max(num_partials, most_partials))
+        counters, partials = workspace
     yield parts, {"counters_ptr": counters, "partials_ptr": partials, "IS_SPLIT": True}
     if not is_captured:
-        _workspaces[key] = counters, partials
+        _workspaces[stream] = workspace

@@ -3,7 +3,9 @@
 Run in a process of its own: TRITON_INTERPRET=1 SPECKV_BACKEND=triton pytest tests/triton
 """
 
+import contextlib
 import os
+import threading
 from types import SimpleNamespace
 from unittest import mock
 
@@ -53,7 +55,7 @@ def assert_same_bits(outputs, expected):
 
 
 def kept_workspace():
-    return split._workspaces[torch.device("cpu"), 0]
+    return split._workspaces[None]
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +165,8 @@ def arguments_on_a_gpu(stream, is_capturing=False):
     """What split_rows() gives a launch on this stream of a GPU, memory for which is taken on the CPU."""
     logits = SimpleNamespace(shape=(2, 50257), device=torch.device("cpu"), is_cuda=True)
     with (
-        mock.patch.object(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=stream)),
+        mock.patch.object(torch.cuda, "current_stream", lambda _: stream),
+        mock.patch.object(torch.cuda, "stream", contextlib.nullcontext),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: is_capturing),
         split.split_rows(logits, {"IS_FILTERED": False}, sampling.launch_options(50257)) as (parts, arguments),
     ):
@@ -182,6 +185,19 @@ def test_a_launch_that_a_graph_captures_has_counters_of_its_own():
     captured = arguments_on_a_gpu(stream=1, is_capturing=True)
     assert captured is not kept and (captured == 0).all()
     assert arguments_on_a_gpu(stream=1) is kept
+
+
+def test_what_is_kept_is_not_allocated_by_the_thread_that_launches():
+    threads = []
+
+    def recorded(*sizes, new_workspace=split.new_workspace):
+        threads.append(threading.get_ident())
+        return new_workspace(*sizes)
+    with mock.patch.object(split, "new_workspace", recorded):
+        arguments_on_a_gpu(stream=1)
+        arguments_on_a_gpu(stream=1)
+        arguments_on_a_gpu(stream=1, is_capturing=True)
+    assert len(threads) == 2 and threads[0] != threads[1] == threading.get_ident()
 
 
 def test_rows_with_filters_stay_whole():
