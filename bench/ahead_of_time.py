@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from speckv.kernels import draft, verify
+from speckv.kernels import draft, split, verify
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TARGETS = {
@@ -24,7 +24,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
+         torch.int32: "*i32"}
 KERNELS = {
     "draft_sample": (draft, "draft_sample_kernel"),
     "plan_gamma": (draft, "plan_gamma_kernel"),
@@ -34,9 +35,12 @@ KERNELS = {
 # These cover every kernel, dtype and vocabulary; ALL_CASES is the full grid.
 CASES = [
     ("draft_sample", torch.float16, 151936),
+    ("split draft_sample", torch.float16, 151936),
     ("plan_gamma", None, None),  # takes no logits
     ("draft_step", torch.bfloat16, 151936),
     ("draft_step", torch.float32, 49152),
+    ("split draft_step", torch.bfloat16, 151936),
+    ("split draft_step", torch.float32, 49152),
     ("verify_chain", torch.bfloat16, 151936),
     ("verify_chain", torch.float32, 49152),
     ("filtered draft_sample", torch.float16, 151936),
@@ -45,8 +49,10 @@ CASES = [
 ]
 ALL_CASES = [("plan_gamma", None, None)] + [
     (op, dtype, vocabulary)
-    for kind in ("", "filtered ")
-    for op in (f"{kind}draft_sample", f"{kind}draft_step", f"{kind}verify_chain")
+    for op in (
+        *(f"{kind}{op}" for kind in ("", "split ", "filtered ") for op in ("draft_sample", "draft_step")),
+        "verify_chain", "filtered verify_chain",
+    )
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     for vocabulary in (49152, 151936)
 ]
@@ -64,7 +70,8 @@ class Recorder:
 def launch(op, dtype, vocabulary, rows=2, max_draft=4):
     """Call a launcher with a model's shapes, the paper's controller, and contents that do not matter.
 
-    An op with "filtered " before its name is launched with all three filters.
+    An op with "filtered " before its name is launched with all three filters, one with "split " with several programs
+    a row, the others with one.
     """
     one_a_row = torch.ones(rows)
     count = torch.ones(rows, dtype=torch.int64)
@@ -72,8 +79,8 @@ def launch(op, dtype, vocabulary, rows=2, max_draft=4):
     controller = (
         torch.ones(6, 16), torch.ones(16), torch.ones(16, 1), torch.ones(1), torch.tensor([2, 4, 6, 8]), torch.ones(4),
     )  # fmt: skip
-    *filtered, op = op.split()
-    filters = {"top_k": count, "top_p": one_a_row, "min_p": one_a_row} if filtered else {}
+    *kind, op = op.split()
+    filters = {"top_k": count, "top_p": one_a_row, "min_p": one_a_row} if kind == ["filtered"] else {}
     if op == "plan_gamma":
         draft.plan_gamma(signals, *controller)
         return
@@ -125,7 +132,8 @@ def compiled(target, op, dtype, vocabulary):
     """The kernel of an op as its launcher would have it compiled for a target; returns it and its options."""
     module, name = KERNELS[op.split()[-1]]
     kernel, recorder = getattr(module, name), Recorder()
-    with mock.patch.object(module, name, recorder):
+    parts = 2 if op.startswith("split ") else 1
+    with mock.patch.object(module, name, recorder), mock.patch.object(split, "parts_of_a_row", lambda *_: parts):
         launch(op, dtype, vocabulary)
     kernel_source, options = source(kernel, recorder)
     return triton.compile(kernel_source, target=TARGETS[target], options=options), options

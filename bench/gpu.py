@@ -1,26 +1,30 @@
 """The Triton kernels on a GPU: python bench/gpu.py
 
-On a GPU it checks every op against the reference, then times it and prints the time beside what a roofline expects.
+On a GPU it checks every op against the reference, then times it and prints the time beside what a roofline expects;
+the drafting ops twice, with rows split over several programs, as they are launched, and with one program a row.
 Without one there are two things that need none: --compile-only compiles the kernels ahead of time and prints what they
 take of each GPU, --expected prints the roofline of three.
 """
 
 import argparse
+import contextlib
 import math
 import sys
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 LAUNCH_US = 4.0  # assumed: from one kernel of a stream to the next, with nothing to do; of the host's side nothing
+MEETING_US = 1.0  # assumed: programs of a row hand over: partials to L2, the counter there and back, partials back
 UNIT_BYTES_PER_CLOCK = 64  # assumed: what one SM or CU takes in from L2
 
 
 @dataclass(frozen=True)
 class GPU:
-    """Peaks of a card; units are SMs or CUs, and a row of logits is one program, which runs on one of them."""
+    """Peaks of a card; units are SMs or CUs, on one of which a program runs."""
 
     name: str
     bandwidth: float        # bytes/s
@@ -30,9 +34,9 @@ class GPU:
     exps_per_clock: int     # in a unit
 
     def expected_us(self, work):
-        """Launch, and the slowest of memory, what the busy units can take in, exp and arithmetic at their peaks."""
-        busy = min(work.rows, self.units)
-        return LAUNCH_US + 1e6 * max(
+        """Launch, meeting, and the slowest of memory, intake of the busy units, exp and arithmetic at their peaks."""
+        busy = min(work.rows / work.share, self.units)
+        return LAUNCH_US + MEETING_US * (work.share < 1) + 1e6 * max(
             work.memory_bytes / self.bandwidth,
             work.unit_bytes / (busy * UNIT_BYTES_PER_CLOCK * self.clock),
             work.exps / (busy * self.exps_per_clock * self.clock),
@@ -62,6 +66,7 @@ class Work:
     unit_bytes: float
     exps: float
     operations: float
+    share: float = 1.0  # of a row, which the busiest unit reads
 
 
 # Operations a logit, counted in the source: max, shift, two exps with their sums and the moment; max, exp, sum; both
@@ -79,27 +84,56 @@ SHAPES = [
 ]
 
 
-def work_of(op, rows, vocabulary, stop):
+def can_split(op):
+    return op in ("draft_sample", "draft_step")
+
+
+def share_of_a_row(op, rows, vocabulary, units):
+    """Which share of a row the busiest unit reads, as the op is launched on a GPU of so many units."""
+    if not can_split(op):
+        return 1.0
+    from speckv.kernels import sampling, split
+
+    block_v = sampling.launch_options(vocabulary)["BLOCK_V"]
+    blocks = math.ceil(vocabulary / block_v)
+    parts = split.parts_of_a_row(rows, blocks, units)
+    if parts == 1:
+        return 1.0
+    return math.ceil(blocks / parts) * math.ceil(rows * parts / units) * block_v / vocabulary
+
+
+def work_of(op, rows, vocabulary, stop, share=1.0):
     """bf16 logits, temperature 0.8."""
     if op == "plan_gamma":
         weights = 4 * ((SIGNALS + 3) * UNITS + 1 + 3 * CANDIDATES)
         return Work(rows, weights + 4 * rows * SIGNALS, rows * weights, 0, rows * UNITS * (SIGNALS + 2 * CANDIDATES))
     logits = rows * vocabulary
     if op != "verify_chain":
-        return Work(rows, 2 * logits, 2 * logits, 2 * logits, DRAFT_OPERATIONS * logits)
+        return Work(rows, 2 * logits, 2 * logits, 2 * logits, DRAFT_OPERATIONS * logits, share)
     read = min(stop + 1, GAMMA) + stop + 1
     again = 2 if stop < GAMMA else 0
     return Work(rows, 2 * logits * read, 2 * logits * (read + again), logits * (read + again),
                 logits * (SCAN_OPERATIONS * read + RESIDUAL_OPERATIONS * (again > 0)))
 
 
-def label(op, rows, vocabulary, stop):
+def label(op, rows, vocabulary, stop, is_split=True):
     words = [op, f"B={rows}"]
     if vocabulary:
         words.append(f"V={vocabulary}")
     if stop is not None:
         words.append(f"gamma={GAMMA}, {'none rejected' if stop == GAMMA else 'first rejected'}")
+    if not is_split:
+        words.append("one program a row")
     return " ".join(words)
+
+
+def variants():
+    """(shape, is_split): each shape as it is launched, and once more with whole rows where that differs."""
+    return [(shape, is_split) for shape in SHAPES for is_split in ((True, False) if can_split(shape[0]) else (True,))]
+
+
+def work_on(gpu, shape, is_split):
+    return work_of(*shape, share=share_of_a_row(*shape[:3], gpu.units) if is_split else 1.0)
 
 
 def new_table(title, *columns):
@@ -110,15 +144,15 @@ def new_table(title, *columns):
 
 
 def expected():
-    """What the roofline says, with the kernels as they are launched and were they bound by memory alone."""
-    table = new_table("expected microseconds a call, bf16 logits, T=0.8: as launched, a row on one SM or CU "
-                      "(were the whole card at work on it)",
+    """What the roofline says of the kernels as they are launched, with one program a row, and bound by memory alone."""
+    table = new_table("expected microseconds a call, bf16 logits, T=0.8 (were memory the only limit)",
                       "call", "MB", "M exp", "M operations", *(gpu.name for gpu in GPUS))
-    for shape in SHAPES:
+    for shape, is_split in variants():
         work = work_of(*shape)
-        table.add_row(label(*shape), f"{work.memory_bytes / 1e6:.2f}", f"{work.exps / 1e6:.2f}",
+        table.add_row(label(*shape, is_split), f"{work.memory_bytes / 1e6:.2f}", f"{work.exps / 1e6:.2f}",
                       f"{work.operations / 1e6:.2f}",
-                      *(f"{gpu.expected_us(work):.1f} ({gpu.memory_us(work):.1f})" for gpu in GPUS))
+                      *(f"{gpu.expected_us(work_on(gpu, shape, is_split)):.1f} ({gpu.memory_us(work):.1f})"
+                        for gpu in GPUS))
     return table
 
 
@@ -177,6 +211,31 @@ def wrong_outputs(outputs, wanted):
             if not torch.allclose(output.cpu().double(), right.double(), rtol=1e-3, atol=1e-5)]
 
 
+def whole_rows():
+    """Launches with one program a row."""
+    from speckv.kernels import split
+
+    return mock.patch.object(split, "parts_of_a_row", lambda *_: 1)
+
+
+def launched_otherwise(call):
+    """The outputs of many calls on two streams at once, and of a call that a graph replays."""
+    outputs, streams = [], (torch.cuda.Stream(), torch.cuda.Stream())
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                outputs.append(call())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    return [*outputs, captured]
+
+
 def measured(console):
     """Check and time on the GPU that is there; 1 where an op is wrong."""
     from triton.testing import do_bench
@@ -189,16 +248,28 @@ def measured(console):
     table = new_table(f"median microseconds a call on {name}, caches cleared between calls", "call", "measured",
                       "expected", "measured / expected", "GB/s")
     failed = False
-    for shape in SHAPES:
-        op, inputs, work = shape[0], inputs_of(*shape), work_of(*shape)
+    for shape, is_split in variants():
+        op, inputs, title = shape[0], inputs_of(*shape), label(*shape, is_split)
         on_gpu = [tensor.cuda() for tensor in inputs]
-        if wrong := wrong_outputs(getattr(kernels, op)(*on_gpu), getattr(reference, op)(*inputs)):
-            console.print(f"{label(*shape)}: output {wrong} is not the reference's: not timed", style="red")
+
+        def call(op=op, on_gpu=on_gpu):
+            return getattr(kernels, op)(*on_gpu)
+        with whole_rows():
+            whole = call()
+        with contextlib.nullcontext() if is_split else whole_rows():
+            outputs = call()
+            if wrong := wrong_outputs(outputs, getattr(reference, op)(*inputs)):
+                console.print(f"{title}: output {wrong} is not the reference's: not timed", style="red")
+                failed = True
+                continue
+            microseconds = 1e3 * do_bench(call, return_mode="median")
+            others = [outputs, call(), *launched_otherwise(call)]
+        if not all(torch.equal(one, right) for other in others for one, right in zip(other, whole, strict=True)):
+            console.print(f"{title}: launches differ in bits from one program a row", style="red")
             failed = True
-            continue
-        microseconds = 1e3 * do_bench(lambda op=op, args=on_gpu: getattr(kernels, op)(*args), return_mode="median")
-        wanted = gpu.expected_us(work) if gpu else None
-        table.add_row(label(*shape), f"{microseconds:.1f}", f"{wanted:.1f}" if wanted else "unknown card",
+        work = work_of(*shape)
+        wanted = gpu.expected_us(work_on(gpu, shape, is_split)) if gpu else None
+        table.add_row(title, f"{microseconds:.1f}", f"{wanted:.1f}" if wanted else "unknown card",
                       f"{microseconds / wanted:.2f}" if wanted else "", f"{work.memory_bytes / microseconds / 1e3:.0f}")
     console.print(table)
     return int(failed)

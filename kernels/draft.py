@@ -29,39 +29,62 @@ from speckv.kernels.sampling import (
     usable,
     usable_filters,
 )
+from speckv.kernels.split import comes_last, load_partials, share_of_blocks, split_rows, store_partials
 
 NATS_TO_BITS = tl.constexpr(1.4426950408889634)  # 1 / ln 2
 
 
 @triton.jit
-def measure_row(row_ptr, vocabulary, inverse_t, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr):
-    """The one pass over a row: each block's maximum, and its sums over the shifted logits x = logit - maximum.
+def measure_block(row_ptr, block, vocabulary, inverse_t, BLOCK_V: tl.constexpr):
+    """The maximum of a block of a row, and sums over its shifted logits x = logit - maximum.
 
-    Returns four vectors [NUM_BLOCKS] f32: maxima, sums of exp(x * inverse_t) for drawing, sums of exp(x) and of
-    x * exp(x) for confidence and entropy. Blocks meet only in the end, so nothing is rescaled on the way.
+    These are of exp(x * inverse_t) for drawing, of exp(x) and of x * exp(x) for confidence and entropy. Blocks meet
+    only in the end, so nothing is rescaled on the way.
     """
+    logits = load_logits(row_ptr, block, vocabulary, BLOCK_V)
+    maximum = tl.max(logits, axis=0)
+    shifted = logits - tl.where(tl.abs(maximum) < float("inf"), maximum, 0.0)  # all -inf: weights 0, not NaN
+    weights = tl.exp(shifted)
+    moment = weights * tl.where(weights > 0, shifted, 0.0)  # 0 log 0 is 0, not NaN
+    return maximum, tl.sum(tl.exp(shifted * inverse_t), axis=0), tl.sum(weights, axis=0), tl.sum(moment, axis=0)
+
+
+@triton.jit
+def measure_row(row_ptr, vocabulary, inverse_t, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """The one pass over a row: what measure_block() says of each block, as four vectors [NUM_BLOCKS] f32."""
     index = tl.arange(0, NUM_BLOCKS)
     maxima = tl.full([NUM_BLOCKS], float("-inf"), tl.float32)
     sums_at_temperature = tl.zeros([NUM_BLOCKS], tl.float32)
     sums = tl.zeros([NUM_BLOCKS], tl.float32)
     moments = tl.zeros([NUM_BLOCKS], tl.float32)
     for block in range(tl.cdiv(vocabulary, BLOCK_V)):
-        logits = load_logits(row_ptr, block, vocabulary, BLOCK_V)
-        maximum = tl.max(logits, axis=0)
-        shifted = logits - tl.where(tl.abs(maximum) < float("inf"), maximum, 0.0)  # all -inf: weights 0, not NaN
-        weights = tl.exp(shifted)
-        moment = weights * tl.where(weights > 0, shifted, 0.0)  # 0 log 0 is 0, not NaN
+        measures = measure_block(row_ptr, block, vocabulary, inverse_t, BLOCK_V)
         here = index == block
-        maxima = tl.where(here, maximum, maxima)
-        sums_at_temperature = tl.where(here, tl.sum(tl.exp(shifted * inverse_t), axis=0), sums_at_temperature)
-        sums = tl.where(here, tl.sum(weights, axis=0), sums)
-        moments = tl.where(here, tl.sum(moment, axis=0), moments)
+        maxima = tl.where(here, measures[0], maxima)
+        sums_at_temperature = tl.where(here, measures[1], sums_at_temperature)
+        sums = tl.where(here, measures[2], sums)
+        moments = tl.where(here, measures[3], moments)
     return maxima, sums_at_temperature, sums, moments
 
 
 @triton.jit
+def measure_split_row(
+    row, row_ptr, counters_ptr, partials_ptr, vocabulary, inverse_t, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr
+):
+    """This program's share of measure_row(): whether it is the one to finish the row, and then what that returns."""
+    blocks = tl.cdiv(vocabulary, BLOCK_V)
+    row_partials_ptr = partials_ptr + row * 4 * NUM_BLOCKS
+    first, stop = share_of_blocks(blocks)
+    for block in range(first, stop):
+        measures = measure_block(row_ptr, block, vocabulary, inverse_t, BLOCK_V)
+        store_partials(row_partials_ptr + block, measures, NUM_BLOCKS)
+    is_last = comes_last(counters_ptr + row)
+    return is_last, load_partials(row_partials_ptr, tl.where(is_last, blocks, 0), NUM_BLOCKS)
+
+
+@triton.jit
 def uncertainty(maxima, sums, moments):
-    """Entropy in bits and confidence of softmax(logits), from what measure_row() left of each block."""
+    """Entropy in bits and confidence of softmax(logits), from what measure_row() left of the row."""
     highest = tl.max(maxima, axis=0)
     gap = tl.where(maxima > float("-inf"), maxima - highest, 0.0)
     factor = tl.exp(gap)
@@ -84,13 +107,11 @@ def draw_token(row_ptr, maxima, sums, inverse_t, least, uniform, vocabulary, BLO
 
 @triton.jit
 def sample_row(
-    row_ptr, temperature, uniform, top_k, top_p, min_p, vocabulary,
+    row_ptr, measures, temperature, inverse_t, uniform, top_k, top_p, min_p, vocabulary,
     BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr, IS_FILTERED: tl.constexpr,
 ):  # fmt: skip
-    """draft_sample of one row: token, prob, entropy, confidence."""
-    inverse_t = inverse_temperature(temperature)
-    maxima, sums_at_temperature, sums, moments = measure_row(row_ptr, vocabulary, inverse_t, BLOCK_V, NUM_BLOCKS)
-
+    """draft_sample of one row, measured by measure_row(): token, prob, entropy, confidence."""
+    maxima, sums_at_temperature, sums, moments = measures
     token = -1
     prob = float("nan")
     entropy = float("nan")
@@ -196,16 +217,29 @@ def draft_sample_kernel(
     top_k_ptr,  # [B], or None
     top_p_ptr,  # [B], or None
     min_p_ptr,  # [B], or None
+    counters_ptr,  # [B], or None where a row is one program
+    partials_ptr,  # [B, 4, NUM_BLOCKS], or None
     BLOCK_V: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     IS_FILTERED: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperature_ptr + row * temperature_stride_row)
     uniform = tl.load(uniform_ptr + row * uniform_stride_row)
     top_k, top_p, min_p = load_filters(row, top_k_ptr, top_p_ptr, min_p_ptr)
+    row_ptr = logits_ptr + row * logits_stride_row
+    inverse_t = inverse_temperature(temperature)
+    if IS_SPLIT:
+        is_last, measures = measure_split_row(
+            row, row_ptr, counters_ptr, partials_ptr, vocabulary, inverse_t, BLOCK_V, NUM_BLOCKS
+        )
+        if not is_last:
+            return
+    else:
+        measures = measure_row(row_ptr, vocabulary, inverse_t, BLOCK_V, NUM_BLOCKS)
     token, prob, entropy, confidence = sample_row(
-        logits_ptr + row * logits_stride_row, temperature, uniform, top_k, top_p, min_p, vocabulary,
+        row_ptr, measures, temperature, inverse_t, uniform, top_k, top_p, min_p, vocabulary,
         BLOCK_V, NUM_BLOCKS, IS_FILTERED,
     )  # fmt: skip
     tl.store(token_ptr + row, token.to(tl.int64))
@@ -282,9 +316,12 @@ def draft_step_kernel(
     top_k_ptr,  # [B], or None
     top_p_ptr,  # [B], or None
     min_p_ptr,  # [B], or None
+    counters_ptr,  # [B], or None where a row is one program
+    partials_ptr,  # [B, 4, NUM_BLOCKS], or None
     BLOCK_V: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     IS_FILTERED: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -293,8 +330,18 @@ def draft_step_kernel(
     temperature = tl.load(temperature_ptr + row * temperature_stride_row)
     uniform = tl.load(uniform_ptr + row * uniform_stride_row)
     top_k, top_p, min_p = load_filters(row, top_k_ptr, top_p_ptr, min_p_ptr)
+    row_ptr = logits_ptr + row * logits_stride_row
+    inverse_t = inverse_temperature(temperature)
+    if IS_SPLIT:
+        is_last, measures = measure_split_row(
+            row, row_ptr, counters_ptr, partials_ptr, vocabulary, inverse_t, BLOCK_V, NUM_BLOCKS
+        )
+        if not is_last:
+            return
+    else:
+        measures = measure_row(row_ptr, vocabulary, inverse_t, BLOCK_V, NUM_BLOCKS)
     token, prob, entropy, confidence = sample_row(
-        logits_ptr + row * logits_stride_row, temperature, uniform, top_k, top_p, min_p, vocabulary,
+        row_ptr, measures, temperature, inverse_t, uniform, top_k, top_p, min_p, vocabulary,
         BLOCK_V, NUM_BLOCKS, IS_FILTERED,
     )  # fmt: skip
     tl.store(token_ptr + row, token.to(tl.int64))
@@ -345,11 +392,12 @@ def draft_sample(logits, temperature, uniform, top_k=None, top_p=None, min_p=Non
     checks.draft_sample(logits, temperature, uniform, top_k, top_p, min_p)
     rows, vocabulary = logits.shape
     outputs = new_tokens(logits)
-    with torch.cuda.device_of(logits):
-        draft_sample_kernel[(rows,)](
+    filters, options = filter_arguments(top_k, top_p, min_p), launch_options(vocabulary)
+    with torch.cuda.device_of(logits), split_rows(logits, filters, options) as (parts, meeting):
+        draft_sample_kernel[(rows, parts)](
             logits, temperature, uniform, *outputs,
             logits.stride(0), temperature.stride(0), uniform.stride(0),
-            vocabulary, **filter_arguments(top_k, top_p, min_p), **launch_options(vocabulary),
+            vocabulary, **filters, **meeting, **options,
         )  # fmt: skip
     return outputs
 
@@ -376,13 +424,13 @@ def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, g
     token, prob, entropy, confidence = new_tokens(logits)
     updated_signals = signals.new_empty(signals.shape)
     gamma = gammas.new_empty(rows)
-    with torch.cuda.device_of(logits):
-        draft_step_kernel[(rows,)](
+    filters, options = filter_arguments(top_k, top_p, min_p), launch_options(vocabulary)
+    with torch.cuda.device_of(logits), split_rows(logits, filters, options) as (parts, meeting):
+        draft_step_kernel[(rows, parts)](
             logits, temperature, uniform, signals, drafted, *contiguous(w1, b1, w2, b2, gammas, seconds),
             float(rate), token, prob, entropy, confidence, updated_signals, gamma,
             logits.stride(0), temperature.stride(0), uniform.stride(0),
             signals.stride(0), signals.stride(1), drafted.stride(0),
-            vocabulary, **controller_sizes(signals, w1, gammas), **filter_arguments(top_k, top_p, min_p),
-            **launch_options(vocabulary),
+            vocabulary, **controller_sizes(signals, w1, gammas), **filters, **meeting, **options,
         )  # fmt: skip
     return token, prob, entropy, confidence, updated_signals, gamma

@@ -24,7 +24,7 @@ ROUNDED_PRODUCTS = {"enable_fp_fusion": False}
 
 
 def launch_options(vocabulary):
-    """The launch options of one program a row: BLOCK_V, NUM_BLOCKS, num_warps (of 32 threads) and how to round."""
+    """The launch options for rows of logits: BLOCK_V, NUM_BLOCKS, num_warps (of 32 threads) and how to round."""
     block_v = min(LARGEST_BLOCK_V, triton.next_power_of_2(vocabulary))
     return {
         "BLOCK_V": block_v,

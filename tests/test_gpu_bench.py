@@ -32,10 +32,11 @@ def test_compile_only_prints_what_a_kernel_takes():
 
 
 def test_expected_has_a_row_for_every_shape():
+    pytest.importorskip("triton", reason="needs Triton: pip install 'speckv[triton]'")
     result = run("--expected")
     assert result.returncode == 0, result.stderr
-    for shape in gpu.SHAPES:
-        assert gpu.label(*shape) in result.stdout
+    for shape, is_split in gpu.variants():
+        assert gpu.label(*shape, is_split) in result.stdout
     for card in gpu.GPUS:
         assert card.name in result.stdout
 
@@ -54,6 +55,19 @@ def test_more_work_takes_longer_and_nothing_less_than_memory_and_launch(card):
     for shape in gpu.SHAPES:
         work = gpu.work_of(*shape)
         assert card.expected_us(work) >= card.memory_us(work)
+
+
+@pytest.mark.parametrize("card", gpu.GPUS, ids=lambda card: card.name)
+def test_rows_are_split_where_that_is_expected_to_be_faster(card):
+    pytest.importorskip("triton", reason="needs Triton: pip install 'speckv[triton]'")
+    for rows in (1, 2, 8, 40, 64, 100, 1024):
+        for vocabulary in (1023, 20000, 32001, *gpu.VOCABULARIES):
+            shape = "draft_sample", rows, vocabulary, None
+            share = gpu.share_of_a_row(*shape[:3], card.units)
+            split, whole = (card.expected_us(gpu.work_of(*shape, share)) for share in (share, 1.0))
+            assert split < whole or share == 1
+    assert gpu.share_of_a_row("draft_step", 1, 151936, card.units) == pytest.approx(4096 / 151936)
+    assert gpu.share_of_a_row("draft_step", card.units, 151936, card.units) == 1
 
 
 @pytest.mark.parametrize("shape", SMALL, ids=lambda shape: gpu.label(*shape))

@@ -71,6 +71,17 @@ class Probe:
 
 
 @contextlib.contextmanager
+def in_order(parts):
+    """Run the programs of a row, which are the second axis of a grid, in this order, a permutation of 0, 1, 2, ..."""
+    set_grid_index = InterpreterBuilder.set_grid_idx
+    InterpreterBuilder.set_grid_idx = lambda builder, x, y, z: set_grid_index(builder, x, parts[y], z)
+    try:
+        yield
+    finally:
+        InterpreterBuilder.set_grid_idx = set_grid_index
+
+
+@contextlib.contextmanager
 def watch():
     """Yields the Probe of all launches in the block."""
     probe = Probe()

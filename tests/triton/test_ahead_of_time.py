@@ -4,6 +4,7 @@ Compiled by bench/ahead_of_time.py, which bench/gpu.py prints the figures of.
 """
 
 import os
+import re
 
 import pytest
 import torch
@@ -40,3 +41,36 @@ def test_verify_chain_rounds_a_probability_before_subtracting():
     assert "sub.f32" in binary.asm["ptx"] or "sub.rn.f32" in binary.asm["ptx"]
     assert "fma.rn.f32" not in binary.asm["ptx"]
     assert not binary.metadata.enable_fp_fusion  # which keeps the assembler from fusing later
+
+
+@pytest.mark.parametrize("op", ["split draft_sample", "split draft_step"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_programs_of_a_row_meet_in_the_order_that_the_memory_model_asks_for(target, op):
+    """Partials stored, barrier, an atomic that releases and acquires for the whole GPU, loads that pass over L1."""
+    binary, _ = compiled(target, op, torch.bfloat16, 151936)
+    steps = re.findall(r"\bst\.global|\bbar\.sync|\batom\S*|\bld\.global\.cg", binary.asm["ptx"])
+    [atomic] = [place for place, step in enumerate(steps) if step.startswith("atom")]
+    assert steps[atomic] == "atom.global.gpu.acq_rel.add.u32"
+    assert steps[:atomic].count("st.global") == 4 and "ld.global.cg" not in steps[:atomic]
+    last_store = max(place for place in range(atomic) if steps[place] == "st.global")
+    assert "bar.sync" in steps[last_store:atomic]
+    assert steps[atomic + 1 : atomic + 3] == ["bar.sync", "st.global"]  # the counter's 0
+    assert steps[atomic + 3 : atomic + 7] == ["ld.global.cg"] * 4 and steps.count("ld.global.cg") == 4
+
+
+def test_programs_of_a_row_write_caches_back_and_drop_them_on_amd():
+    binary, _ = compiled("gfx942", "split draft_sample", torch.bfloat16, 151936)
+    steps = re.findall(r"\bbuffer_wbl2 sc1|\bglobal_atomic_add\b|\bbuffer_inv sc1", binary.asm["amdgcn"])
+    assert steps == ["buffer_wbl2 sc1", "global_atomic_add", "buffer_inv sc1"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_partials_are_summed_by_the_threads_that_sum_a_whole_row(target):
+    """Else the order of the sums, and with it the last bit, would depend on the parts."""
+    layouts = {}
+    for op in ("draft_step", "split draft_step"):
+        ir = compiled(target, op, torch.bfloat16, 151936)[0].asm["ttgir"]
+        definitions = dict(re.findall(r"^(#\w+) = (.*)$", ir, re.MULTILINE))
+        names = set(re.findall(r"tensor<64xf(?:32|64), (#blocked\w*)>", ir))
+        layouts[op] = {definitions[name] for name in names}
+    assert layouts["draft_step"] == layouts["split draft_step"] != set()
