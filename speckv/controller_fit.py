@@ -105,14 +105,16 @@ def fit(data: Examples, seed: int = 0, about: dict | None = None, steps: int = S
 
 
 def predict(controller: Controller, data: Examples) -> tuple:
-    """The controller's answers through plan_gamma: tokens accepted of those drafted, and the gain of one more, [N]."""
+    """The controller's answers through plan_gamma, [N] each: tokens accepted of those drafted, how likely the last of
+    them is among those, and how likely one more would be."""
     signals = torch.tensor(data.signals, dtype=torch.float32)
     gammas = torch.arange(LONGEST_COUNTED + 1)
     acceptance = controller.plan(signals, gammas)[1].clamp(0, 1).double().numpy()
     tokens, rows = acceptance * gammas.numpy(), np.arange(len(signals))
     here = np.minimum(data.number, LONGEST_COUNTED)
     pair = np.minimum(here, LONGEST_COUNTED - 1)
-    return tokens[rows, here] * data.number / here, tokens[rows, pair + 1] - tokens[rows, pair]
+    return (tokens[rows, here] * data.number / here, tokens[rows, here] - tokens[rows, here - 1],
+            tokens[rows, pair + 1] - tokens[rows, pair])
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,12 @@ def fit_and_judge(sequences, groups=None, seed: int = 0, about: dict | None = No
     groups = np.arange(len(sequences)) if groups is None else np.array(groups)
     held_out = groups[data.sequence] % HELD_OUT_EVERY == 0
     judged = select(data, held_out)
-    accepted, more = predict(fit(select(data, ~held_out), seed, steps=steps), judged)
+    accepted, last, more = predict(fit(select(data, ~held_out), seed, steps=steps), judged)
     known = ~np.isnan(judged.more)
     stood = judged.accepted == judged.number
     figures = {
+        # Of a token by the distributions up to its own, and of the one after it, whose own is not known yet.
+        "correlation_draft_token": _correlation(last, stood),
         "correlation_next_token": _correlation(more[known], judged.more[known]),
         "correlation_accepted_tokens": _correlation(accepted, judged.accepted),
         "correlation_acceptance_rate": _correlation(accepted / judged.number, judged.accepted / judged.number),

@@ -305,7 +305,7 @@ def test_a_fit_comes_close_to_knowing_the_probabilities_on_texts_it_did_not_see(
 def test_the_gain_of_one_more_token_is_a_probability_on_average():
     data = examples(made_up())
     controller = fit(data, steps=FIT_STEPS)
-    accepted, more = predict(controller, data)
+    accepted, _, more = predict(controller, data)
     for number in range(1, 6):
         rows = data.number == number
         assert more[rows].mean() == pytest.approx(data.more[rows].mean(), abs=0.04)
