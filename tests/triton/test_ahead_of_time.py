@@ -70,12 +70,13 @@ def test_programs_of_a_row_write_caches_back_and_drop_them_on_amd(op):
 
 @pytest.mark.parametrize("op", ["draft_step", "verify_chain"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_partials_are_summed_by_the_threads_that_sum_a_whole_row(target, op):
+def test_blocks_and_partials_are_summed_by_the_threads_that_sum_those_of_a_whole_row(target, op):
     """Else the order of the sums, and with it the last bit, would depend on the parts."""
     layouts = []
     for kind in ("", "split "):
         ir = compiled(target, kind + op, torch.bfloat16, 151936)[0].asm["ttgir"]
         definitions = dict(re.findall(r"^(#\w+) = (.*)$", ir, re.MULTILINE))
-        names = set(re.findall(r"tensor<64xf(?:32|64), (#blocked\w*)>", ir))
-        layouts.append({definitions[name] for name in names})
-    assert layouts[0] == layouts[1] != set()
+        sums = set(re.findall(r"\(tensor<(\d+)xf(32|64), (#\w+)>\) -> f", ir))
+        layouts.append({(size, bits, definitions[name]) for size, bits, name in sums})
+    assert layouts[0] == layouts[1]
+    assert {(size, bits) for size, bits, _ in layouts[0]} >= {("4096", "32"), ("64", "32"), ("64", "64")}
