@@ -43,16 +43,16 @@ CASES = [
     ("split draft_step", torch.float32, 49152),
     ("verify_chain", torch.bfloat16, 151936),
     ("verify_chain", torch.float32, 49152),
+    ("split verify_chain", torch.bfloat16, 151936),
+    ("split verify_chain", torch.float32, 49152),
     ("filtered draft_sample", torch.float16, 151936),
     ("filtered draft_step", torch.bfloat16, 151936),
     ("filtered verify_chain", torch.float32, 49152),
 ]
 ALL_CASES = [("plan_gamma", None, None)] + [
     (op, dtype, vocabulary)
-    for op in (
-        *(f"{kind}{op}" for kind in ("", "split ", "filtered ") for op in ("draft_sample", "draft_step")),
-        "verify_chain", "filtered verify_chain",
-    )
+    for kind in ("", "split ", "filtered ")
+    for op in (f"{kind}draft_sample", f"{kind}draft_step", f"{kind}verify_chain")
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     for vocabulary in (49152, 151936)
 ]
@@ -132,8 +132,11 @@ def compiled(target, op, dtype, vocabulary):
     """The kernel of an op as its launcher would have it compiled for a target; returns it and its options."""
     module, name = KERNELS[op.split()[-1]]
     kernel, recorder = getattr(module, name), Recorder()
-    parts = 2 if op.startswith("split ") else 1
-    with mock.patch.object(module, name, recorder), mock.patch.object(split, "parts_of_a_row", lambda *_: parts):
+    with (
+        mock.patch.object(module, name, recorder),
+        mock.patch.object(split, "parts_of_a_row", lambda *_: 2 if op.startswith("split ") else 1),
+        mock.patch.object(split, "programs_of_a_chain", lambda _, chain, *__: chain if op.startswith("split ") else 1),
+    ):
         launch(op, dtype, vocabulary)
     kernel_source, options = source(kernel, recorder)
     return triton.compile(kernel_source, target=TARGETS[target], options=options), options

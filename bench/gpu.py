@@ -1,7 +1,7 @@
 """The Triton kernels on a GPU: python bench/gpu.py
 
 On a GPU it checks every op against the reference, then times it and prints the time beside what a roofline expects;
-the drafting ops twice, with rows split over several programs, as they are launched, and with one program a row.
+those that read logits twice, with rows split over several programs, as they are launched, and with one program a row.
 Without one there are two things that need none: --compile-only compiles the kernels ahead of time and prints what they
 take of each GPU, --expected prints the roofline of three.
 """
@@ -35,8 +35,13 @@ class GPU:
 
     def expected_us(self, work):
         """Launch, meeting, and the slowest of memory, intake of the busy units, exp and arithmetic at their peaks."""
-        busy = min(work.rows / work.share, self.units)
-        return LAUNCH_US + MEETING_US * (work.share < 1) + 1e6 * max(
+        meeting = 0.0 if work.share is None else MEETING_US
+        after = self.busy_us(work.after_meeting) if work.after_meeting else 0.0
+        return LAUNCH_US + meeting + self.busy_us(work) + after
+
+    def busy_us(self, work):
+        busy = min(work.rows / (work.share or 1), self.units)
+        return 1e6 * max(
             work.memory_bytes / self.bandwidth,
             work.unit_bytes / (busy * UNIT_BYTES_PER_CLOCK * self.clock),
             work.exps / (busy * self.exps_per_clock * self.clock),
@@ -66,13 +71,15 @@ class Work:
     unit_bytes: float
     exps: float
     operations: float
-    share: float = 1.0  # of a row, which the busiest unit reads
+    share: float | None = None  # rows of logits that the busiest unit reads where they are split, else None
+    after_meeting: "Work | None" = None  # what the last program of a row does alone
 
 
 # Operations a logit, counted in the source: max, shift, two exps with their sums and the moment; max, exp, sum; both
 # probabilities, difference and sum.
 DRAFT_OPERATIONS, SCAN_OPERATIONS, RESIDUAL_OPERATIONS = 14, 8, 12
 GAMMA, UNITS, CANDIDATES, SIGNALS = 4, 16, 4, 5
+CHAIN = 2 * GAMMA + 1  # rows of logits, of the target and of the draft
 VOCABULARIES = (49152, 128256, 151936)
 ROWS = (1, 8, 64)
 # op, rows, vocabulary, after how many accepted tokens verify_chain rejects
@@ -84,25 +91,25 @@ SHAPES = [
 ]
 
 
-def can_split(op):
-    return op in ("draft_sample", "draft_step")
-
-
 def share_of_a_row(op, rows, vocabulary, units):
-    """Which share of a row the busiest unit reads, as the op is launched on a GPU of so many units."""
-    if not can_split(op):
-        return 1.0
+    """How many rows of logits the busiest unit reads, as the op is launched on a GPU of so many units; None: whole."""
+    if op == "plan_gamma":
+        return None
     from speckv.kernels import sampling, split
 
     block_v = sampling.launch_options(vocabulary)["BLOCK_V"]
     blocks = math.ceil(vocabulary / block_v)
-    parts = split.parts_of_a_row(rows, blocks, units)
-    if parts == 1:
-        return 1.0
-    return math.ceil(blocks / parts) * math.ceil(rows * parts / units) * block_v / vocabulary
+    chain = CHAIN if op == "verify_chain" else 1
+    if op == "verify_chain":
+        programs = split.programs_of_a_chain(rows, chain, blocks, units)
+    else:
+        programs = split.parts_of_a_row(rows, blocks, units)
+    if programs == 1:
+        return None
+    return math.ceil(blocks * chain / programs) * math.ceil(rows * programs / units) * block_v / vocabulary
 
 
-def work_of(op, rows, vocabulary, stop, share=1.0):
+def work_of(op, rows, vocabulary, stop, share=None):
     """bf16 logits, temperature 0.8."""
     if op == "plan_gamma":
         weights = 4 * ((SIGNALS + 3) * UNITS + 1 + 3 * CANDIDATES)
@@ -110,8 +117,12 @@ def work_of(op, rows, vocabulary, stop, share=1.0):
     logits = rows * vocabulary
     if op != "verify_chain":
         return Work(rows, 2 * logits, 2 * logits, 2 * logits, DRAFT_OPERATIONS * logits, share)
-    read = min(stop + 1, GAMMA) + stop + 1
     again = 2 if stop < GAMMA else 0
+    if share is not None:
+        residual = Work(rows, 0, 2 * logits * again, logits * again, RESIDUAL_OPERATIONS * logits * (again > 0))
+        scanned = logits * CHAIN
+        return Work(rows * CHAIN, 2 * scanned, 2 * scanned, scanned, SCAN_OPERATIONS * scanned, share, residual)
+    read = min(stop + 1, GAMMA) + stop + 1
     return Work(rows, 2 * logits * read, 2 * logits * (read + again), logits * (read + again),
                 logits * (SCAN_OPERATIONS * read + RESIDUAL_OPERATIONS * (again > 0)))
 
@@ -129,11 +140,11 @@ def label(op, rows, vocabulary, stop, is_split=True):
 
 def variants():
     """(shape, is_split): each shape as it is launched, and once more with whole rows where that differs."""
-    return [(shape, is_split) for shape in SHAPES for is_split in ((True, False) if can_split(shape[0]) else (True,))]
+    return [(shape, is_split) for shape in SHAPES for is_split in (True, False) if is_split or shape[0] != "plan_gamma"]
 
 
 def work_on(gpu, shape, is_split):
-    return work_of(*shape, share=share_of_a_row(*shape[:3], gpu.units) if is_split else 1.0)
+    return work_of(*shape, share=share_of_a_row(*shape[:3], gpu.units) if is_split else None)
 
 
 def new_table(title, *columns):
@@ -215,7 +226,7 @@ def whole_rows():
     """Launches with one program a row."""
     from speckv.kernels import split
 
-    return mock.patch.object(split, "parts_of_a_row", lambda *_: 1)
+    return mock.patch.multiple(split, parts_of_a_row=lambda *_: 1, programs_of_a_chain=lambda *_: 1)
 
 
 def launched_otherwise(call):
@@ -285,7 +296,7 @@ def main():
     parser.add_argument("--all", action="store_true", help="every dtype and vocabulary of each kernel")
     arguments = parser.parse_args()
     console = Console(highlight=False)
-    console.width = max(console.width, 150)  # a table folded to 80 columns, as in a log, cannot be read
+    console.width = max(console.width, 160)  # a table folded to 80 columns, as in a log, cannot be read
     if arguments.compile_only:
         ops = arguments.ops and arguments.ops.split(",")
         console.print(compiled_table(arguments.targets.split(","), ops, arguments.all))

@@ -74,12 +74,17 @@ def measure_split_row(
     """This program's share of measure_row(): whether it is the one to finish the row, and then what that returns."""
     blocks = tl.cdiv(vocabulary, BLOCK_V)
     row_partials_ptr = partials_ptr + row * 4 * NUM_BLOCKS
-    first, stop = share_of_blocks(blocks)
+    first, stop = share_of_blocks(blocks, tl.program_id(1), tl.num_programs(1))
     for block in range(first, stop):
         measures = measure_block(row_ptr, block, vocabulary, inverse_t, BLOCK_V)
         store_partials(row_partials_ptr + block, measures, NUM_BLOCKS)
     is_last = comes_last(counters_ptr + row)
-    return is_last, load_partials(row_partials_ptr, tl.where(is_last, blocks, 0), NUM_BLOCKS)
+    blocks = tl.where(is_last, blocks, 0)
+    maxima = load_partials(row_partials_ptr, 0, blocks, NUM_BLOCKS)
+    sums_at_temperature = load_partials(row_partials_ptr, 1, blocks, NUM_BLOCKS)
+    sums = load_partials(row_partials_ptr, 2, blocks, NUM_BLOCKS)
+    moments = load_partials(row_partials_ptr, 3, blocks, NUM_BLOCKS)
+    return is_last, (maxima, sums_at_temperature, sums, moments)
 
 
 @triton.jit

@@ -75,17 +75,24 @@ def load_logits(row_ptr, block, vocabulary, BLOCK_V: tl.constexpr, least=None):
 
 
 @triton.jit
+def scan_block(row_ptr, block, vocabulary, inverse_t, BLOCK_V: tl.constexpr, least=None):
+    """The maximum of a block of a row, and its sum of exp((logit - maximum) * inverse_t)."""
+    logits = load_logits(row_ptr, block, vocabulary, BLOCK_V, least)
+    maximum = tl.max(logits, axis=0)
+    shifted = logits - tl.where(tl.abs(maximum) < float("inf"), maximum, 0.0)  # all -inf: weights 0, not NaN
+    return maximum, tl.sum(tl.exp(shifted * inverse_t), axis=0)
+
+
+@triton.jit
 def scan_row(row_ptr, vocabulary, inverse_t, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr, least=None):
-    """One pass over a row: each block's maximum, and its sum of exp((logit - maximum) * inverse_t)."""
+    """One pass over a row: what scan_block() says of each block, as two vectors [NUM_BLOCKS] f32."""
     index = tl.arange(0, NUM_BLOCKS)
     maxima = tl.full([NUM_BLOCKS], float("-inf"), tl.float32)
     sums = tl.zeros([NUM_BLOCKS], tl.float32)
     for block in range(tl.cdiv(vocabulary, BLOCK_V)):
-        logits = load_logits(row_ptr, block, vocabulary, BLOCK_V, least)
-        maximum = tl.max(logits, axis=0)
-        shifted = logits - tl.where(tl.abs(maximum) < float("inf"), maximum, 0.0)  # all -inf: weights 0, not NaN
+        maximum, weight = scan_block(row_ptr, block, vocabulary, inverse_t, BLOCK_V, least)
         maxima = tl.where(index == block, maximum, maxima)
-        sums = tl.where(index == block, tl.sum(tl.exp(shifted * inverse_t), axis=0), sums)
+        sums = tl.where(index == block, weight, sums)
     return maxima, sums
 
 

@@ -1,8 +1,9 @@
-"""A row of logits read by several programs in one launch: what draft.py does where a batch alone leaves units idle.
+"""A row read by several programs in one launch: what draft.py and verify.py do where a batch alone leaves units idle.
 
 Each program of a row measures its share of the row's blocks, stores what it found of each and counts itself in. The
 one that comes last loads what all of them found and finishes the row as if it had read it alone: the blocks and their
-sums are the same, so the results have the same bits, whoever comes last. No program waits for another.
+sums are the same, so the results have the same bits, whoever comes last. No program waits for another. In verify.py
+a row of the batch has many rows of logits, and a program reads its share of one of them.
 """
 
 import contextlib
@@ -14,23 +15,23 @@ import triton
 import triton.language as tl
 
 UNITS_OF_THE_INTERPRETER = 16  # splits rows of a few blocks in tests, at some milliseconds a program
-PROGRAMS_OF_A_UNIT = 2  # that it holds at once: 80 registers by 256 threads leave room for a third
+PROGRAMS_OF_A_UNIT = 2  # that it holds at once: 65,536 registers, for 256 threads of at most 128
 # An SM at its peak rate of exp takes a quarter of a microsecond a block, and meeting about one (both: bench/gpu.py).
 LEAST_BLOCKS_SAVED = 6
 
 
 @triton.jit
-def share_of_blocks(blocks):
-    """The first block of its row that this program reads, and the one after its last."""
-    share = tl.cdiv(blocks, tl.num_programs(1))
-    first = tl.program_id(1) * share
+def share_of_blocks(blocks, part, parts):
+    """The first block of a row that one of its parts is to read, and the one after its last."""
+    share = tl.cdiv(blocks, parts)
+    first = part * share
     return first, tl.minimum(first + share, blocks)
 
 
 @triton.jit
 def store_partials(partials_ptr, measures, NUM_BLOCKS: tl.constexpr):
-    """The four measures of one block, into a row's [4, NUM_BLOCKS] from this block on."""
-    for i in tl.static_range(4):
+    """The measures of one block, into a row's [measures, NUM_BLOCKS] from this block on."""
+    for i in tl.static_range(len(measures)):
         tl.store(partials_ptr + i * NUM_BLOCKS, measures[i])
 
 
@@ -47,18 +48,26 @@ def comes_last(counter_ptr):
 
 
 @triton.jit
-def load_partials(partials_ptr, blocks, NUM_BLOCKS: tl.constexpr):
-    """The measures of the first `blocks` blocks of a row, as vectors [NUM_BLOCKS] that are empty behind those.
+def load_partials(partials_ptr, measure: tl.constexpr, blocks, NUM_BLOCKS: tl.constexpr):
+    """A measure of the first `blocks` blocks of a row, as a vector [NUM_BLOCKS] that is empty behind those.
 
-    Read past L1, which does not see what other units write.
+    Measure 0 are the maxima, the others sums. Read past L1, which does not see what other units write.
     """
     index = tl.arange(0, NUM_BLOCKS)
-    mask = index < blocks
-    maxima = tl.load(partials_ptr + index, mask=mask, other=float("-inf"), cache_modifier=".cg")
-    sums_at_temperature = tl.load(partials_ptr + NUM_BLOCKS + index, mask=mask, other=0.0, cache_modifier=".cg")
-    sums = tl.load(partials_ptr + 2 * NUM_BLOCKS + index, mask=mask, other=0.0, cache_modifier=".cg")
-    moments = tl.load(partials_ptr + 3 * NUM_BLOCKS + index, mask=mask, other=0.0, cache_modifier=".cg")
-    return maxima, sums_at_temperature, sums, moments
+    empty = float("-inf") if measure == 0 else 0.0
+    return tl.load(
+        partials_ptr + measure * NUM_BLOCKS + index, mask=index < blocks, other=empty, cache_modifier=".cg"
+    )
+
+
+def best_share(rows, blocks, units):
+    """How many blocks of a row a program is to read, and how many the busiest unit then does."""
+    def most_blocks(share):
+        return triton.cdiv(rows * triton.cdiv(blocks, share), units) * share
+    shares = [share for share in range(blocks, 0, -1)
+              if rows * triton.cdiv(blocks, share) <= PROGRAMS_OF_A_UNIT * units]
+    best = min(shares, key=most_blocks, default=blocks)
+    return best, most_blocks(best)
 
 
 @functools.cache
@@ -68,12 +77,22 @@ def parts_of_a_row(rows, blocks, units):
     As many as leave the busiest unit the fewest blocks to read, and as few as do. A row stays whole where less would
     be saved than meeting costs.
     """
-    def most_blocks(share):
-        return triton.cdiv(rows * triton.cdiv(blocks, share), units) * share
-    shares = [share for share in range(blocks, 0, -1)
-              if rows * triton.cdiv(blocks, share) <= PROGRAMS_OF_A_UNIT * units]
-    best = min(shares, key=most_blocks, default=blocks)
-    return triton.cdiv(blocks, best) if most_blocks(blocks) - most_blocks(best) >= LEAST_BLOCKS_SAVED else 1
+    share, most_blocks = best_share(rows, blocks, units)
+    saved = triton.cdiv(rows, units) * blocks - most_blocks
+    return triton.cdiv(blocks, share) if saved >= LEAST_BLOCKS_SAVED else 1
+
+
+@functools.cache
+def programs_of_a_chain(rows, chain, blocks, units):
+    """How many programs share a row of the batch that has `chain` rows of logits, of the target and of the draft.
+
+    As many for each row of logits as leave the busiest unit the fewest blocks. A chain stays whole, one program, unless
+    that is less than one program reads at least: all of a target row and, where there is a draft, of a draft row. (A
+    greedy row that rejects its first token reads half of that, and can lose what meeting costs.)
+    """
+    share, most_blocks = best_share(rows * chain, blocks, units)
+    saved = triton.cdiv(rows, units) * min(chain, 2) * blocks - most_blocks
+    return chain * triton.cdiv(blocks, share) if saved >= LEAST_BLOCKS_SAVED else 1
 
 
 @functools.cache
@@ -108,18 +127,24 @@ def new_workspace_to_keep(device, stream, rows, partials):
 
 @contextlib.contextmanager
 def split_rows(logits, filters, options):
-    """For one launch over logits [B, V]: how many programs share a row, and the arguments with which they meet.
+    """For one launch over logits [B, V], or target logits [B, K + 1, V]: how many programs share a row of the batch,
+    and the arguments with which they meet.
 
     Rows with filters stay whole: the measuring is one of some hundred passes over them.
     """
-    rows, vocabulary = logits.shape
+    rows, *width, vocabulary = logits.shape
     device = logits.device
-    parts = parts_of_a_row(rows, triton.cdiv(vocabulary, options["BLOCK_V"]), units_of(device))
-    if parts == 1 or filters["IS_FILTERED"]:
+    blocks, units = triton.cdiv(vocabulary, options["BLOCK_V"]), units_of(device)
+    if width:
+        chain = 2 * width[0] - 1
+        programs, measures = programs_of_a_chain(rows, chain, blocks, units), chain * 2
+    else:
+        programs, measures = parts_of_a_row(rows, blocks, units), 4
+    if programs == 1 or filters["IS_FILTERED"]:
         yield 1, {"counters_ptr": None, "partials_ptr": None, "IS_SPLIT": False}
         return
 
-    num_partials = rows * 4 * options["NUM_BLOCKS"]
+    num_partials = rows * measures * options["NUM_BLOCKS"]
     is_captured = logits.is_cuda and torch.cuda.is_current_stream_capturing()
     if is_captured:
         # A graph can be replayed on any stream, beside launches of the one it was captured on. So it has counters of
@@ -135,6 +160,6 @@ def split_rows(logits, filters, options):
             workspace = new_workspace_to_keep(
                 device, stream, max(rows, most_rows), max(num_partials, most_partials))
         counters, partials = workspace
-    yield parts, {"counters_ptr": counters, "partials_ptr": partials, "IS_SPLIT": True}
+    yield programs, {"counters_ptr": counters, "partials_ptr": partials, "IS_SPLIT": True}
     if not is_captured:
         _workspaces[stream] = workspace

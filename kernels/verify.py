@@ -1,8 +1,10 @@
-"""Chain verification in Triton: one program a row of the batch, one launch.
+"""Chain verification in Triton: one launch, one program a row of the batch, or several where the batch is small.
 
 reference.py is the specification. A program walks its row's draft one position at a time and stops at the first that
-is not accepted, so logits behind the stop are never read. Where the reference raises, a kernel cannot: every token of
-such a row is -1 and so is accepted, so that accepted + 1 counts the tokens in every row. Other rows are not affected.
+is not accepted, so logits behind the stop are never read. Where several programs share a row, they scan the logits of
+all its positions before one of them walks: what they find behind the stop is never looked at. Where the reference
+raises, a kernel cannot: every token of such a row is -1 and so is accepted, so that accepted + 1 counts the tokens in
+every row. Other rows are not affected.
 """
 
 import torch
@@ -25,10 +27,29 @@ from speckv.kernels.sampling import (
     lowest_kept,
     normalize,
     probability,
+    scan_block,
     scan_row,
     usable,
     usable_filters,
 )
+from speckv.kernels.split import comes_last, load_partials, share_of_blocks, split_rows, store_partials
+
+
+@triton.jit
+def scan_part(
+    row_ptr, partials_ptr, part, parts, vocabulary, inverse_t, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr
+):
+    """One part of scan_row(), whose two vectors it puts into partials [2, NUM_BLOCKS]."""
+    first, stop = share_of_blocks(tl.cdiv(vocabulary, BLOCK_V), part, parts)
+    for block in range(first, stop):
+        store_partials(partials_ptr + block, scan_block(row_ptr, block, vocabulary, inverse_t, BLOCK_V), NUM_BLOCKS)
+
+
+@triton.jit
+def scanned_row(partials_ptr, vocabulary, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """What scan_row() returns, of a row all parts of which are scanned."""
+    blocks = tl.cdiv(vocabulary, BLOCK_V)
+    return load_partials(partials_ptr, 0, blocks, NUM_BLOCKS), load_partials(partials_ptr, 1, blocks, NUM_BLOCKS)
 
 
 @triton.jit
@@ -118,10 +139,13 @@ def verify_chain_kernel(
     top_k_ptr,  # [B], or None
     top_p_ptr,  # [B], or None
     min_p_ptr,  # [B], or None
+    counters_ptr,  # [B], or None where a row of the batch is one program
+    partials_ptr,  # [B, K + 1 + K, 2, NUM_BLOCKS], of target_logits and then of draft_logits, or None
     BLOCK_V: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     IS_FILTERED: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     position = tl.arange(0, BLOCK_K)
@@ -153,6 +177,27 @@ def verify_chain_kernel(
 
     greedy = temperature == 0
     inverse_t = inverse_temperature(temperature)
+    if IS_SPLIT:
+        chain = 2 * max_draft + 1  # rows of logits
+        chain_partials_ptr = partials_ptr + row * chain * 2 * NUM_BLOCKS
+        parts = tl.num_programs(1) // chain
+        part = tl.program_id(1) % parts
+        scanned = (tl.program_id(1) // parts).to(tl.int64)
+        scanned_partials_ptr = chain_partials_ptr + scanned * 2 * NUM_BLOCKS
+        if valid & (scanned <= proposed):
+            scan_part(
+                target_logits_ptr + row * target_logits_stride_row + scanned * target_logits_stride_position,
+                scanned_partials_ptr, part, parts, vocabulary, inverse_t, BLOCK_V, NUM_BLOCKS,
+            )  # fmt: skip
+        drafted = scanned - max_draft - 1
+        if valid & ~greedy & (drafted >= 0) & (drafted < proposed):
+            scan_part(
+                draft_logits_ptr + row * draft_logits_stride_row + drafted * draft_logits_stride_position,
+                scanned_partials_ptr, part, parts, vocabulary, inverse_t, BLOCK_V, NUM_BLOCKS,
+            )  # fmt: skip
+        if not comes_last(counters_ptr + row):
+            return
+
     next_uniform = tl.sum(tl.where(position == num_draft, uniform, 0.0), axis=0)
     next_token = -1
     accepted = tl.full((), 0, tl.int64)
@@ -163,7 +208,12 @@ def verify_chain_kernel(
         judged = accepted < proposed
         token = tl.sum(tl.where(position == accepted, draft_tokens, 0), axis=0)
 
-        p_maxima, p_sums = scan_row(p_row_ptr, vocabulary, inverse_t, BLOCK_V, NUM_BLOCKS)
+        if IS_SPLIT:
+            p_maxima, p_sums = scanned_row(
+                chain_partials_ptr + accepted * 2 * NUM_BLOCKS, vocabulary, BLOCK_V, NUM_BLOCKS
+            )
+        else:
+            p_maxima, p_sums = scan_row(p_row_ptr, vocabulary, inverse_t, BLOCK_V, NUM_BLOCKS)
         valid = is_finite(tl.max(p_maxima, axis=0))
         keep = False
         if valid & greedy:
@@ -182,7 +232,13 @@ def verify_chain_kernel(
             q_highest = 0.0
             q_scale = 0.0
             if judged:
-                q_maxima, q_sums = scan_row(q_row_ptr, vocabulary, inverse_t, BLOCK_V, NUM_BLOCKS)
+                if IS_SPLIT:
+                    q_maxima, q_sums = scanned_row(
+                        chain_partials_ptr + (max_draft + 1 + accepted) * 2 * NUM_BLOCKS,
+                        vocabulary, BLOCK_V, NUM_BLOCKS,
+                    )  # fmt: skip
+                else:
+                    q_maxima, q_sums = scan_row(q_row_ptr, vocabulary, inverse_t, BLOCK_V, NUM_BLOCKS)
                 valid = is_finite(tl.max(q_maxima, axis=0))
                 if IS_FILTERED:
                     q_least = lowest_kept(
@@ -218,15 +274,16 @@ def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperatu
     rows, width, vocabulary = target_logits.shape
     tokens = draft_tokens.new_empty(rows, width)
     accepted = draft_tokens.new_empty(rows)
-    with torch.cuda.device_of(target_logits):
-        verify_chain_kernel[(rows,)](
+    filters, options = filter_arguments(top_k, top_p, min_p), launch_options(vocabulary)
+    with torch.cuda.device_of(target_logits), split_rows(target_logits, filters, options) as (programs, meeting):
+        verify_chain_kernel[(rows, programs)](
             target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform, tokens, accepted,
             target_logits.stride(0), target_logits.stride(1),
             draft_logits.stride(0), draft_logits.stride(1),
             draft_tokens.stride(0), draft_tokens.stride(1),
             num_draft.stride(0), temperature.stride(0), uniform.stride(0), uniform.stride(1),
             width - 1, vocabulary,
-            **filter_arguments(top_k, top_p, min_p), **launch_options(vocabulary),
+            **filters, **meeting, **options,
             BLOCK_K=triton.next_power_of_2(width),
         )  # fmt: skip
     return tokens, accepted

@@ -64,10 +64,15 @@ def test_rows_are_split_where_that_is_expected_to_be_faster(card):
         for vocabulary in (1023, 20000, 32001, *gpu.VOCABULARIES):
             shape = "draft_sample", rows, vocabulary, None
             share = gpu.share_of_a_row(*shape[:3], card.units)
-            split, whole = (card.expected_us(gpu.work_of(*shape, share)) for share in (share, 1.0))
-            assert split < whole or share == 1
+            split, whole = (card.expected_us(gpu.work_of(*shape, share)) for share in (share, None))
+            assert split < whole or share is None
     assert gpu.share_of_a_row("draft_step", 1, 151936, card.units) == pytest.approx(4096 / 151936)
-    assert gpu.share_of_a_row("draft_step", card.units, 151936, card.units) == 1
+    assert gpu.share_of_a_row("draft_step", card.units, 151936, card.units) is None
+    for shape in gpu.SHAPES:
+        if shape[0] == "verify_chain":
+            assert card.expected_us(gpu.work_on(card, shape, True)) <= card.expected_us(gpu.work_on(card, shape, False))
+    assert gpu.share_of_a_row("verify_chain", 1, 128256, card.units) < 1 / 4
+    assert gpu.share_of_a_row("verify_chain", 64, 128256, card.units) is None
 
 
 @pytest.mark.parametrize("shape", SMALL, ids=lambda shape: gpu.label(*shape))
