@@ -132,8 +132,9 @@ def distill(
         min=1, show_default=False, help="How many layers the drafter has: if not given, 1 for a head, 2 for an 'lm'. "
                                         "A draft token takes longer with more.")] = None,
     depth: Annotated[int, typer.Option(
-        min=1, help="How many of its own tokens deep a head is trained, in the second half of the training. Deeper "
-                    "makes long drafts better; a step then takes that many times as long.")] = 3,
+        min=1, help="How many of its own tokens deep a head is trained: in the second half of the training, or with "
+                    "--start-from from its beginning. Deeper makes long drafts better; a step then takes that many "
+                    "times as long.")] = 3,
     head_tokens: Annotated[int, typer.Option(
         min=1, help="How many different tokens a head can draft: those that the target writes most. A draft token "
                     "takes longer with more. A head with more that training starts from is cut.")] = 8_192,

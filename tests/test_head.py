@@ -319,3 +319,11 @@ def test_a_head_is_loaded_in_int8_beside_a_16_bit_target_on_the_cpu(tmp_path, dt
     assert held == (dtype != torch.float32 and serving()["cpu"][0] == "cpu")
     output = speckv.generate(target, drafter, prompt_ids(), max_new_tokens=20, policy="fixed:3")
     assert output.sequences.shape == (1, 26)
+
+
+def test_a_trained_head_goes_deep_from_the_start():
+    target = tiny_model()
+    tensors = tiny_head(target).own_tensors()
+    depths = [[HeadStudent(target, 3, tensors, is_trained)._depth_at(done) for done in (0.0, 0.49, 0.6, 0.99)]
+              for is_trained in (False, True)]
+    assert depths == [[1, 1, 2, 3], [3, 3, 3, 3]]
