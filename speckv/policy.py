@@ -39,11 +39,12 @@ class PolicySession:
     def draft(self, logits, temperature, uniform, drafted: int, own, **filters):
         """Draw draft token number `drafted` (from 0) and say whether to draft another.
 
-        logits [1, V], temperature [1] f32 and uniform [1] f32 are those of draft_sample; own is (entropy, confidence)
-        where the drafter gives its own; filters are those of top_k, top_p and min_p, each [1], that the text is sampled
-        with: the token must be drawn with them, too. Returns the token [1] i64, its Signal (numbers, or tensors [1]
-        that nobody has waited for yet) and whether to go on. The answer must not depend on the token: dropping, or
-        stopping at, a token for what it is would change the distribution of the text.
+        logits [1, V], or [1, S] of the tokens that the drafter can draft (speckv.drafters.OfSome), temperature [1] f32
+        and uniform [1] f32 are those of draft_sample; own is (entropy, confidence) where the drafter gives its own;
+        filters are those of top_k, top_p and min_p, each [1], that the text is sampled with: the token must be drawn
+        with them, too. Returns the token [1] i64, as an index into logits, its Signal (numbers, or tensors [1] that
+        nobody has waited for yet) and whether to go on. The answer must not depend on the token: dropping, or stopping
+        at, a token for what it is would change the distribution of the text.
         """
         token, signal = sample(logits, temperature, uniform, own, **filters)
         return token, signal, True

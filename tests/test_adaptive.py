@@ -297,6 +297,9 @@ def test_a_fit_comes_close_to_knowing_the_probabilities_on_texts_it_did_not_see(
     more = data.more.reshape(-1, 6)[:, :5]
     best = np.corrcoef((stands[:, :5] * 0.5).flatten(), more.flatten())[0, 1]  # the next confidence is 0.5 on average
     assert 0.9 * best < figures["correlation_next_token"] <= best + 0.02
+    stood = data.accepted == data.number
+    best = np.corrcoef(stands.flatten(), stood)[0, 1]
+    assert 0.85 * best < figures["correlation_draft_token"] <= best + 0.02
     accepted = data.accepted.reshape(-1, 6)
     best = np.corrcoef(stands.cumsum(1).flatten(), accepted.flatten())[0, 1]
     assert 0.85 * best < figures["correlation_accepted_tokens"] <= best + 0.02

@@ -154,7 +154,7 @@ def test_logits_of_some_tokens_are_taken_for_those(target, policy, processors):
         assert torch.equal(output.sequences, outputs[-1].sequences)
 
 
-def test_samples_of_some_tokens_are_accepted_as_often_as_the_target_draws_them(target):
+def test_samples_of_some_tokens_are_accepted_and_of_all_the_targets_own_always(target):
     def rate(count):
         outputs = [speckv.generate(target, Some(target, count), prompt_ids(), max_new_tokens=100, policy="fixed:2",
                                    temperature=1.0, eos_token_id=[], seed=None) for _ in range(4)]

@@ -22,8 +22,8 @@ from speckv.kernels import draft, reference, sampling, split
 
 from .probe import in_order, watch
 
-# numpy's, of the interpreter, where infinities and NaN do what they are meant to do
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+# The warnings are numpy's, of the interpreter, where infinities and NaN do what they are meant to do.
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("no_workspace_yet")]
 
 BLOCK_V = sampling.LARGEST_BLOCK_V
 VOCABULARY = 4 * BLOCK_V + 100  # five blocks, the last one nearly empty
@@ -56,16 +56,6 @@ def assert_same_bits(outputs, expected):
 
 def kept_workspace():
     return split._workspaces[None]
-
-
-@pytest.fixture(autouse=True)
-def no_workspace_yet():
-    """New memory is full of NaN, so a partial that is read without having been written shows."""
-    split._workspaces.clear()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    split._workspaces.clear()
 
 
 # Four parts of five blocks are shares of two, the last of which is empty: more programs than needed do no harm.

@@ -19,8 +19,8 @@ from speckv.kernels import draft, reference, sampling, split, verify
 
 from .probe import in_order, watch
 
-# numpy's, of the interpreter, where infinities and NaN do what they are meant to do
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+# The warnings are numpy's, of the interpreter, where infinities and NaN do what they are meant to do.
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("no_workspace_yet")]
 
 BLOCK_V = sampling.LARGEST_BLOCK_V
 VOCABULARY = 2 * BLOCK_V + 100  # three blocks, the last one nearly empty
@@ -43,16 +43,6 @@ def accepted_chain(rows, max_draft, vocabulary=VOCABULARY, temperature=1.0):
     return {"target_logits": target, "draft_logits": target[:, :-1].clone(),
             "draft_tokens": target[:, :-1].argmax(-1), "num_draft": torch.full((rows,), max_draft),
             "temperature": torch.full((rows,), temperature), "uniform": random_uniform(rows, max_draft + 1)}
-
-
-@pytest.fixture(autouse=True)
-def no_workspace_yet():
-    """New memory is full of NaN, so a partial that is read without having been written shows."""
-    split._workspaces.clear()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    split._workspaces.clear()
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
