@@ -30,7 +30,8 @@ from speckv.kernels import draft_step, plan_gamma
 from speckv.policy import PolicySession
 from speckv.signals import Signal, read_numbers
 
-NEXT_STANDS = 0.6  # how often one more token stands, where all before it do
+NEXT_STANDS = 0.6  # how often one more token of a model stands, where all before it do
+LOOK_AHEAD = 2     # tokens
 
 
 class Adaptive:
@@ -66,13 +67,14 @@ class _AdaptiveSession(PolicySession):
         self._longest = policy.longest
         self._experience = experience
         self._state = DraftState(compression_level(compression))
-        # Pairs of "stop here" and "one more"; a draft longer than what was trained on keeps the last pair.
+        # "Stop here", "one more" and so on; a draft longer than what was trained on keeps the last pair.
         gammas = torch.arange(LONGEST_COUNTED + 1)
-        self._pairs = [gammas[i:i + 2] for i in range(LONGEST_COUNTED)]
+        self._choices = [gammas[i:i + 1 + LOOK_AHEAD] for i in range(LONGEST_COUNTED)]
         self._drafted = [torch.tensor([i]) for i in range(policy.longest + 1)]
         self._signals = torch.zeros(1, len(SIGNALS))
-        self._seconds = torch.ones(2)
-        self._more_seconds = self._seconds.numpy()[1:]  # the same memory, which NumPy writes to sooner
+        seconds = torch.ones(1 + LOOK_AHEAD)
+        self._seconds = [seconds[:len(choices)] for choices in self._choices]
+        self._more_seconds = seconds.numpy()[1:]  # the same memory, which NumPy writes to sooner
         self._no_price = torch.ones(1)
         self._promise = 0.0
         self._is_warm = False      # whether a model drafted in the last step, and has read all the text but its end
@@ -97,10 +99,11 @@ class _AdaptiveSession(PolicySession):
             source.begin()
         self._state.write(self._signals.numpy()[0], drafted, own)
         stop_here = min(drafted + 1, LONGEST_COUNTED - 1)
-        # Of the two seconds only the difference matters to the rule.
-        more_ms = costs.draft_ms(is_estimate, drafted + 1) + costs.one_more_ms(drafted + 2)
-        self._more_seconds[0] = 1 + more_ms / 1e3
-        inputs = (self._signals, self._drafted[drafted], *self._weights, self._pairs[stop_here], self._seconds)
+        more_ms = costs.more_ms(drafted + 1, is_estimate, LOOK_AHEAD)
+        for i, ms in enumerate(more_ms):
+            self._more_seconds[i] = 1 + ms / 1e3  # only the differences matter to the rule
+        inputs = (self._signals, self._drafted[drafted], *self._weights, self._choices[stop_here],
+                  self._seconds[stop_here])
         if device.type != "cpu":
             inputs = (tensor.to(device) for tensor in inputs)
         token, _, entropy, confidence, signals, gamma = draft_step(
@@ -111,9 +114,20 @@ class _AdaptiveSession(PolicySession):
         self._signals = signals if device.type == "cpu" else signals.cpu()
         signal = Signal(*own, is_estimate=True) if is_estimate else Signal(entropy, confidence)
         # Two estimates of S must both say so: the controller's has seen no draft longer than LONGEST_COUNTED.
-        survival = self._state.after(signal.confidence)
-        is_worth_it = NEXT_STANDS * survival > self._experience.rate * more_ms / 1e3
+        stands = signal.confidence if is_estimate else NEXT_STANDS
+        is_worth_it = self._is_worth_it(self._state.after(signal.confidence), stands, more_ms)
         return token, signal, gamma > stop_here and is_worth_it and drafted + 1 < source.cap
+
+    def _is_worth_it(self, survival, stands, more_ms):
+        """Whether one more token or the next few are worth so many milliseconds, where the draft survives with this
+        probability and each of them stands with that."""
+        rate, tokens = self._experience.rate / 1e3, 0.0
+        for ms in more_ms:
+            survival *= stands
+            tokens += survival
+            if tokens > rate * ms:
+                return True
+        return False
 
     def promise(self, gamma):
         counted = self._drafted[min(gamma, LONGEST_COUNTED)]

@@ -88,13 +88,16 @@ class StepCosts:
         too, and tells nothing of the next.
         """
         positions = min(step.gamma + 1, MOST_POSITIONS)
-        estimate = self._verify.get(positions)
+        estimate, verify_ms = self._verify.get(positions), step.verify_ms
         if estimate is None:
+            if not self.is_empty:
+                # A stall would keep drafts from this length, and so from being measured at it again.
+                verify_ms = min(verify_ms, LARGEST_JUMP * self._line.at(positions))
             estimate = self._verify[positions] = _Estimate()
             weight, value = 0, 0.0
         else:
             weight, value = min(estimate.count, TRUSTED), estimate.value
-        estimate.add(step.verify_ms)
+        estimate.add(verify_ms)
         self._line.change(positions, weight, value, min(estimate.count, TRUSTED), estimate.value)
         copied = sum(signal.is_estimate for signal in step.signals)
         modelled = step.gamma - copied
@@ -127,9 +130,10 @@ class StepCosts:
         trials = min(own.count, TRUSTED)
         return (trials * own.value + LINE_TRIALS * line) / (trials + LINE_TRIALS)
 
-    def one_more_ms(self, positions: int) -> float:
-        """What a pass over so many positions takes longer by one more."""
-        return max(0.0, self.verify_ms(positions + 1) - self.verify_ms(positions))
+    def more_ms(self, gamma: int, is_estimate: bool, count: int) -> list[float]:
+        """What a step with gamma draft tokens takes longer by one more of a kind, by two, up to count."""
+        draft_ms, verify_ms = self.draft_ms(is_estimate, gamma), self.verify_ms(gamma + 1)
+        return [i * draft_ms + max(0.0, self.verify_ms(gamma + 1 + i) - verify_ms) for i in range(1, count + 1)]
 
     def step_ms(self, gamma: int, is_estimate: bool = False) -> float:
         """Of a whole step with gamma draft tokens of one kind."""

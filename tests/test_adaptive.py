@@ -108,6 +108,14 @@ def test_a_pass_that_jumps_at_a_length_is_seen_there():
     assert costs.verify_ms(5) - costs.verify_ms(4) > 12
 
 
+def test_a_stall_at_a_length_not_yet_measured_counts_for_little():
+    costs = StepCosts()
+    for _ in range(10):
+        costs.record(step(1, 1, 1.0, 30.0))
+    costs.record(step(4, 1, 1.0, 300.0))
+    assert costs.verify_ms(5) < 1.5 * 30
+
+
 # -- the rule
 
 
@@ -127,6 +135,18 @@ def test_what_a_token_costs_decides_with_one_controller():
         gammas, _ = World(policy, draft_ms=draft_ms, stands=lambda number: number % 5).run(80)
         return sum(gammas) / len(gammas)
     assert mean_gamma(0.3) > mean_gamma(15.0) + 1
+
+
+def test_it_drafts_past_a_length_that_alone_is_not_worth_its_time():
+    # A pass over three or four positions costs the same, a good deal more than over two: a draft of three is best.
+    def verify_ms(positions):
+        return 40.0 + 10 * (positions > 2) + 20 * max(0, positions - 4)
+    world = World(Adaptive(constant_controller(0.9)), draft_ms=0.2, verify_ms=verify_ms, stands=lambda number: 3,
+                  logit=6.0)
+    for gamma in 30 * (0, 1, 2, 3, 4):
+        world.session.record(step(gamma, min(gamma, 3), 0.2 * gamma, verify_ms(gamma + 1)))
+    gammas, _ = world.run(40)
+    assert gammas == [3] * 40
 
 
 def test_a_drafter_that_is_never_right_is_given_up_and_tried_again_ever_more_rarely():
