@@ -283,16 +283,16 @@ void multiply(const Matrix& matrix, Team& team, const Inputs& inputs, float* out
 }
 
 void read_tokens(
-    const Decoder& decoder, Team& team, const std::vector<Span>& spans, float* x, const std::vector<int64_t>& wanted,
+    const Decoder& decoder, Team& team, const std::vector<Span>& spans, float* x, const std::vector<Wanted>& wanted,
     float* states, int64_t state_stride) {
     Pass pass(decoder, team, spans, x);
     const int64_t count = pass.count();
     size_t next = 0;
     const auto keep = [&](int64_t layers_done) {
-        for (; next < wanted.size() && wanted[next] == layers_done; ++next) {
+        for (; next < wanted.size() && wanted[next].layer == layers_done; ++next) {
             for (int64_t token = 0; token < count; ++token) {
                 std::copy(x + token * decoder.hidden, x + (token + 1) * decoder.hidden,
-                          states + token * state_stride + static_cast<int64_t>(next) * decoder.hidden);
+                          states + token * state_stride + wanted[next].column);
             }
         }
     };

@@ -39,12 +39,16 @@ struct Span {
     int64_t start, count;
 };
 
+// What so many layers made of the tokens is kept, from this place in a row on.
+struct Wanted {
+    int64_t layer, column;
+};
+
 // Reads the next tokens of one sequence or several, whose embeddings x [sum of counts, hidden] lie one span after the
 // other, at the positions from `start` on, for which each cache must have room. x is left as what the last layer made
-// of them, before the final norm. states receives, one after the other, what `wanted` numbers of layers (ascending,
-// from 0) made of the tokens, at `state_stride` a token.
+// of them, before the final norm. states [sum of counts, state_stride] receives what is wanted, by ascending layer.
 void read_tokens(
-    const Decoder& decoder, Team& team, const std::vector<Span>& spans, float* x, const std::vector<int64_t>& wanted,
+    const Decoder& decoder, Team& team, const std::vector<Span>& spans, float* x, const std::vector<Wanted>& wanted,
     float* states, int64_t state_stride);
 
 // out[i] = x[i] / sqrt(mean(x^2) + epsilon) * weight[i]

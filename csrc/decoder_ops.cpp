@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "embedding.h"
 #include "registry.h"
 
 namespace speckv {
@@ -107,22 +108,14 @@ void close_decoder(int64_t decoder) {
     decoders().remove(decoder);
 }
 
-std::tuple<Tensor, Tensor> read_decoder(
-    int64_t number, Tensor x, std::vector<Tensor> keys, std::vector<Tensor> values, std::vector<int64_t> starts,
-    std::vector<int64_t> counts, std::vector<int64_t> layers) {
-    const char* const op = "read_decoder";
-    const auto decoder = decoders().get(op, number);
-    check_shape(op, "x", x, {kAnySize, decoder->hidden});
-    check_float32(op, "x", x);
-    if (keys.empty() || values.size() != keys.size() || starts.size() != keys.size() ||
-        counts.size() != keys.size()) {
-        refuse(op, "keys, values, starts and counts must be as many as there are sequences, one or more");
-    }
-    const int64_t count = x.size(0);
+// The spans of the sequences, whose counts add up to `count`.
+std::vector<Span> spans_of(
+    const char* op, const Decoder& decoder, int64_t count, const std::vector<Tensor>& keys,
+    const std::vector<Tensor>& values, const std::vector<int64_t>& starts, const std::vector<int64_t>& counts) {
     int64_t left = count;
     std::vector<Span> spans;
     for (size_t i = 0; i < keys.size(); ++i) {
-        const Cache cache = cache_of(op, *decoder, keys[i], values[i]);
+        const Cache cache = cache_of(op, decoder, keys[i], values[i]);
         check_room(op, cache, starts[i], counts[i]);
         if (counts[i] > left) {
             break;
@@ -131,25 +124,90 @@ std::tuple<Tensor, Tensor> read_decoder(
         spans.push_back({cache, starts[i], counts[i]});
     }
     if (left != 0 || spans.size() != keys.size()) {
-        refuse(op, "counts must add up to the ", count, " rows of x");
+        refuse(op, "counts must add up to the ", count, " ids");
     }
-    if (!std::is_sorted(layers.begin(), layers.end())) {
-        refuse(op, "layers must be ascending");
+    return spans;
+}
+
+// Reads ids [n], the next tokens of one sequence or several: counts[i] of them at the positions from starts[i] on.
+//
+// Returns the logits [sum of kept, V] of the last kept[i] tokens of each, and the hidden states [n, layers * hidden]
+// that `layers` numbers of layers made of all; those of -1, or of all layers, are the last ones, after the final norm.
+std::tuple<Tensor, Tensor> read_model(
+    int64_t decoder_number, int64_t head_number, Tensor embedding, Tensor ids, std::vector<Tensor> keys,
+    std::vector<Tensor> values, std::vector<int64_t> starts, std::vector<int64_t> counts, std::vector<int64_t> kept,
+    std::vector<int64_t> layers) {
+    const char* const op = "read_model";
+    const auto decoder = decoders().get(op, decoder_number);
+    const auto head = matrices().get(op, head_number);
+    const int64_t hidden = decoder->hidden, depth = static_cast<int64_t>(decoder->layers.size());
+    check_shape(op, "ids", ids, {kAnySize});
+    check_int64(op, "ids", ids);
+    if (head->columns != hidden) {
+        refuse(op, "the head must take hidden states of ", hidden, ", not of ", head->columns);
     }
-    const int64_t hidden = decoder->hidden, width = hidden * static_cast<int64_t>(layers.size());
+    if (keys.empty() || values.size() != keys.size() || starts.size() != keys.size() ||
+        counts.size() != keys.size() || kept.size() != keys.size()) {
+        refuse(op, "keys, values, starts, counts and kept must be as many as there are sequences, one or more");
+    }
+    const int64_t count = ids.size(0);
+    const std::vector<Span> spans = spans_of(op, *decoder, count, keys, values, starts, counts);
+    int64_t rows = 0;
+    for (size_t i = 0; i < kept.size(); ++i) {
+        if (kept[i] < 0 || kept[i] > counts[i]) {
+            refuse(op, "kept must be in [0, ", counts[i], "], got ", kept[i]);
+        }
+        rows += kept[i];
+    }
+    const auto is_last = [&](int64_t layer) { return layer == -1 || layer == depth; };
+    std::vector<Wanted> wanted;
+    for (size_t i = 0; i < layers.size(); ++i) {
+        if (layers[i] < -1 || layers[i] > depth) {
+            refuse(op, "layers must be in [-1, ", depth, "], got ", layers[i]);
+        }
+        if (!is_last(layers[i])) {
+            wanted.push_back({layers[i], static_cast<int64_t>(i) * hidden});
+        }
+    }
+    std::stable_sort(wanted.begin(), wanted.end(),
+                     [](const Wanted& a, const Wanted& b) { return a.layer < b.layer; });
+
+    static thread_local Buffer<float> residual, last;
+    static thread_local Inputs inputs;
+    residual.resize(count * hidden);
+    last.resize(rows * hidden);
+    const Tensor whole_ids = as_contiguous(ids);
+    check_embedding(op, embedding, hidden, data<int64_t>(whole_ids), count);
+    embed(embedding, data<int64_t>(whole_ids), count, residual.data());
+    const int64_t width = hidden * static_cast<int64_t>(layers.size());
     Tensor states = empty_float32<2>({count, width});
-    Tensor last = empty_float32<2>({count, hidden});
-    const Tensor embedded = as_contiguous(x);
-    static thread_local Buffer<float> residual;
-    residual.assign(data<float>(embedded), data<float>(embedded) + count * hidden);
-    with_team(hidden * decoder->intermediate * static_cast<int64_t>(decoder->layers.size()), [&](Team& team) {
-        read_tokens(*decoder, team, spans, residual.data(), layers, mutable_data<float>(states), width);
+    Tensor logits = empty_float32<2>({rows, head->rows});
+    auto* const states_data = mutable_data<float>(states);
+    auto* const logits_data = mutable_data<float>(logits);
+    with_team(hidden * decoder->intermediate * depth, [&](Team& team) {
+        read_tokens(*decoder, team, spans, residual.data(), wanted, states_data, width);
+        const auto normalized = [&](int64_t token, float* out) {
+            normalize(residual.data() + token * hidden, decoder->final_norm.data(), hidden, decoder->epsilon, out);
+        };
+        for (size_t i = 0; i < layers.size(); ++i) {
+            for (int64_t token = 0; is_last(layers[i]) && token < count; ++token) {
+                normalized(token, states_data + token * width + static_cast<int64_t>(i) * hidden);
+            }
+        }
+        int64_t end = 0, row = 0;
+        for (size_t i = 0; i < kept.size(); ++i) {
+            end += counts[i];
+            for (int64_t token = end - kept[i]; token < end; ++token, ++row) {
+                normalized(token, last.data() + row * hidden);
+            }
+        }
+        if (rows > 0) {
+            inputs.set(last.data(), rows, hidden);
+            inputs.arrange_for(*head);
+            multiply(*head, team, inputs, logits_data);
+        }
     });
-    for (int64_t token = 0; token < count; ++token) {
-        normalize(residual.data() + token * hidden, decoder->final_norm.data(), hidden, decoder->epsilon,
-                  mutable_data<float>(last) + token * hidden);
-    }
-    return {last, states};
+    return {logits, states};
 }
 
 int64_t open_matrix(Tensor weight, Tensor scale, Tensor bias, Tensor table) {
@@ -186,8 +244,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(speckv, m) {
     m.def("open_decoder(Tensor[] tensors, int heads, int groups, int head_size, float epsilon, float attention_scale,"
           " float rotary_scale) -> int");
     m.def("close_decoder(int decoder) -> ()");
-    m.def("read_decoder(int decoder, Tensor x, Tensor(a!)[] keys, Tensor(b!)[] values, int[] starts, int[] counts,"
-          " int[] layers) -> (Tensor last, Tensor states)");
+    m.def("read_model(int decoder, int head, Tensor embedding, Tensor ids, Tensor(a!)[] keys, Tensor(b!)[] values,"
+          " int[] starts, int[] counts, int[] kept, int[] layers) -> (Tensor logits, Tensor states)");
     m.def("open_matrix(Tensor weight, Tensor scale, Tensor bias, Tensor table) -> int");
     m.def("close_matrix(int matrix) -> ()");
     m.def("multiply_matrix(int matrix, Tensor x) -> Tensor");
@@ -195,7 +253,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(speckv, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(speckv, CPU, m) {
     m.impl("open_decoder", TORCH_BOX(&open_decoder));
-    m.impl("read_decoder", TORCH_BOX(&read_decoder));
+    m.impl("read_model", TORCH_BOX(&read_model));
     m.impl("open_matrix", TORCH_BOX(&open_matrix));
     m.impl("multiply_matrix", TORCH_BOX(&multiply_matrix));
 }

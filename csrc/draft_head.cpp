@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "buffers.h"
+#include "embedding.h"
 #include "registry.h"
 
 namespace speckv {
@@ -49,8 +50,7 @@ int64_t open_head(
     const auto layers = decoders().get(op, decoder);
     const int64_t hidden = layers->hidden;
     const auto fusing = matrix_of(op, "fuse", fuse, hidden, kAnySize);
-    check_shape(op, "embedding", embedding, {kAnySize, hidden});
-    check_logits(op, "embedding", embedding);
+    check_embedding(op, embedding, hidden, nullptr, 0);
     for (const auto& [name, tensor] : {std::pair{"center", center}, std::pair{"scale", scale}}) {
         check_shape(op, name, tensor, {fusing->columns});
         check_float32(op, name, tensor);
@@ -99,18 +99,9 @@ public:
     // first where starts_text), and makes logits of the last hidden state, which is left in `state`.
     void read(const int64_t* ids, const float* before, bool starts_text, const Span& span, float* state, float* logits) {
         const int64_t hidden = head_.hidden(), count = span.count;
-        const Logits table = as_logits(head_.embedding);
         buffers_->embedded.resize(count * hidden);
         buffers_->joined.resize(count * hidden);
-        BlockBuffer room;
-        for (int64_t token = 0; token < count; ++token) {
-            const Row row = table.row(ids[token]);
-            for (int64_t start = 0; start < hidden; start += kBlockSize) {
-                const Block block = load_block(row, start, room.values);
-                std::copy(block.values, block.values + block.size,
-                          buffers_->embedded.data() + token * hidden + start);
-            }
-        }
+        embed(head_.embedding, ids, count, buffers_->embedded.data());
         float* const joined = buffers_->joined.data();
         product(*head_.from_embedding, buffers_->embedded.data(), count, joined);
         for (int64_t token = 0; token < count; ++token) {
@@ -173,11 +164,7 @@ Tensor read_head(
     }
     const Tensor whole_ids = as_contiguous(ids), whole_states = as_contiguous(states);
     const auto* const tokens = data<int64_t>(whole_ids);
-    for (int64_t i = 0; i < count; ++i) {
-        if (tokens[i] < 0 || tokens[i] >= head->embedding.size(0)) {
-            refuse(op, "ids must be in [0, ", head->embedding.size(0), "), got ", tokens[i]);
-        }
-    }
+    check_embedding(op, head->embedding, hidden, tokens, count);
     float* const rows = mutable_data<float>(brought);
     Tensor logits = empty_float32<2>({1, head->output->rows});
     with_team(head->work(), [&](Team& team) {

@@ -113,41 +113,14 @@ class DecoderStack:
     def open(self):
         return StackSession(self)
 
-    def read(self, parts, layers=()):
-        """Read the next tokens of several sequences in one pass.
-
-        parts are pairs of a StackSession of this stack and the embeddings x [m, H] f32 of its next tokens, MOST_ROWS
-        in all at the most. Returns the last hidden states [sum of m, H], final norm included, and those after `layers`
-        layers (ascending; 0 is x) joined, [sum of m, len(layers)·H]. What a sequence gets does not depend on the
-        others, to the last bit.
-        """
-        sessions, embedded = zip(*parts, strict=True)
-        counts = [x.shape[0] for x in embedded]
-        for session, count in zip(sessions, counts, strict=True):
-            session.make_room(count)
-        read = torch.ops.speckv.read_decoder(
-            self.number, embedded[0] if len(embedded) == 1 else torch.cat(embedded),
-            [session.keys for session in sessions], [session.values for session in sessions],
-            [session.length for session in sessions], counts, list(layers))
-        for session, count in zip(sessions, counts, strict=True):
-            session.length += count
-        return read
-
 
 class StackSession:
     """One sequence going through a DecoderStack; rolling back moves a counter."""
 
     def __init__(self, stack):
-        self._stack = stack
         self.length = 0  # tokens in the cache
         self.keys = self.values = torch.empty(stack.num_layers, stack.groups, 0, stack.head_size,
                                               dtype=stack.cache_dtype)
-
-    def read(self, x, layers=()):
-        """Read the next tokens, of embeddings x [m, H] f32, any number of them; returns what DecoderStack.read does."""
-        self.make_room(x.shape[0])
-        parts = [self._stack.read([(self, part)], layers) for part in x.split(MOST_ROWS)]
-        return parts[0] if len(parts) == 1 else tuple(torch.cat(some) for some in zip(*parts, strict=True))
 
     def fill(self, cache) -> None:
         """Take over what the model in PyTorch has read of the sequence into a DynamicCache."""
@@ -168,6 +141,15 @@ class StackSession:
         if length > have:
             self.keys, self.values = (pad(old, (0, 0, 0, max(length + ROOM, 2 * have) - have))
                                       for old in (self.keys, self.values))
+
+
+def embedding_weight(model) -> torch.Tensor:
+    """The rows [V, H] that a model's tokens begin as; raises ModelError where they are not those of a plain table."""
+    module = model.get_input_embeddings()
+    if type(module) is not nn.Embedding or module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ModelError(f"the fast path does not know an embedding of type {type(module).__name__} in "
+                         f"{module.weight.dtype}")
+    return module.weight.detach()
 
 
 def _parts(module):

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from speckv.cache import CachedModel, cached, hidden_states
-from speckv.engine import MOST_ROWS, DecoderStack, HeldMatrix
+from speckv.engine import MOST_ROWS, DecoderStack, HeldMatrix, embedding_weight
 from speckv.errors import ModelError
 
 LONGEST_FLOAT_PROMPT = MOST_ROWS  # tokens; PyTorch reads a longer one sooner where the weights are fp32
@@ -25,10 +25,10 @@ class FastTarget:
         try:
             self.stack = DecoderStack(model)
             self.head = HeldMatrix(model.get_output_embeddings())
+            self._embedding = embedding_weight(model)
         except ModelError as error:
             raise ModelError(f"the fast path cannot decode this model: {error}") from error
         self.model = weakref.proxy(model)
-        self.embedding = model.get_input_embeddings()
         is_float = self.stack.cache_dtype == torch.float32 and not self.stack.is_quantized
         self.longest_prompt = LONGEST_FLOAT_PROMPT if is_float else math.inf
 
@@ -41,6 +41,26 @@ class FastTarget:
 
     def open(self):
         return FastModel(self)
+
+    def read(self, parts, layers=()):
+        """Read the next tokens of several sequences in one pass.
+
+        parts are (StackSession of the stack, ids [m] i64, keep), MOST_ROWS ids in all at the most. Returns the logits
+        [sum of keep, V] f32 of the last `keep` tokens of each, and the hidden states [sum of m, len(layers)·H] f32 that
+        so many layers made of all (0: the embeddings; -1: the last, after the final norm). What a sequence gets does
+        not depend on the others, to the last bit.
+        """
+        sessions, ids, kept = zip(*parts, strict=True)
+        counts = [len(some) for some in ids]
+        for session, count in zip(sessions, counts, strict=True):
+            session.make_room(count)
+        logits, states = torch.ops.speckv.read_model(
+            self.stack.number, self.head.number, self._embedding, ids[0] if len(ids) == 1 else torch.cat(ids),
+            [session.keys for session in sessions], [session.values for session in sessions],
+            [session.length for session in sessions], counts, kept, layers)
+        for session, count in zip(sessions, counts, strict=True):
+            session.length += count
+        return logits, states
 
 
 class FastModel:
@@ -62,9 +82,18 @@ class FastModel:
         new = ids[:, self.length:]
         if self.length == 0 and new.shape[1] > self._target.longest_prompt:
             return self._read_prompt(new, keep, layers)
-        last, states = self._session.read(self._target.embedding(new[0]).float(), _inner(layers))
-        logits = self._target.head(last[-keep:]).unsqueeze(0)
-        return logits, _joined(last, states, layers).unsqueeze(0) if layers else None
+        if new.shape[1] <= MOST_ROWS:
+            logits, states = self._target.read([(self._session, new[0], keep)], layers)
+        else:
+            logits, states = self._read_in_parts(new[0], keep, layers)
+        return logits.unsqueeze(0), states.unsqueeze(0) if layers else None
+
+    def _read_in_parts(self, ids, keep, layers):
+        left, parts = len(ids), []
+        for part in ids.split(MOST_ROWS):
+            left -= len(part)
+            parts.append(self._target.read([(self._session, part, min(len(part), max(0, keep - left)))], layers))
+        return tuple(torch.cat(some) for some in zip(*parts, strict=True))
 
     @classmethod
     def read_together(cls, requests, layers: tuple = ()):
@@ -78,18 +107,13 @@ class FastModel:
                 (model, ids, keep), = group
                 results.append(model.read(ids, keep, layers))
                 continue
-            target = group[0][0]._target
             new = [ids[0, model.length:] for model, ids, _ in group]
-            embedded = target.embedding(torch.cat(new)).float().split([len(ids) for ids in new])
-            last, states = target.stack.read(
-                [(model._session, x) for (model, _, _), x in zip(group, embedded, strict=True)], _inner(layers))
-            hidden = _joined(last, states, layers) if layers else None
-            ends = torch.tensor([len(ids) for ids in new]).cumsum(0).tolist()
-            kept = [range(end - keep, end) for end, (_, _, keep) in zip(ends, group, strict=True)]
-            logits = target.head(last[[row for rows in kept for row in rows]]).split([len(rows) for rows in kept])
-            hidden = hidden.split([len(ids) for ids in new]) if layers else [None] * len(group)
-            results += [(mine.unsqueeze(0), None if states is None else states.unsqueeze(0))
-                        for mine, states in zip(logits, hidden, strict=True)]
+            kept = [keep for _, _, keep in group]
+            logits, states = group[0][0]._target.read(
+                [(model._session, some, keep) for (model, _, keep), some in zip(group, new, strict=True)], layers)
+            states = states.split([len(some) for some in new]) if layers else [None] * len(group)
+            results += [(mine.unsqueeze(0), None if own is None else own.unsqueeze(0))
+                        for mine, own in zip(logits.split(kept), states, strict=True)]
         return results
 
     def _read_prompt(self, ids, keep, layers):
@@ -104,17 +128,6 @@ class FastModel:
 
     def restore(self) -> bool:
         return True  # a pass that fails has not moved the counter
-
-
-def _inner(layers):
-    """The layers that the engine is asked for, ascending; the last hidden states come by themselves."""
-    return sorted({layer for layer in layers if layer >= 0})
-
-
-def _joined(last, states, layers):
-    """The hidden states [m, len(layers)·H] in the order asked for."""
-    by_layer = dict(zip(_inner(layers), states.split(last.shape[1], dim=1), strict=True)) | {-1: last}
-    return torch.cat([by_layer[layer] for layer in layers], dim=-1)
 
 
 def _groups(requests):

@@ -7,6 +7,7 @@ from tiny_models import prompt_ids, tiny_model
 
 import speckv
 from speckv import InputError, NumericalError
+from speckv.fast import FastTarget
 from speckv.kernels import serving
 from speckv.lookup import LookupDrafter
 from speckv.policy import Fixed
@@ -59,14 +60,13 @@ def test_in_bf16_too_the_others_do_not_change_a_text(policy):
 
 @needs_engine
 def test_all_texts_are_read_in_one_pass(monkeypatch):
-    from speckv.engine import DecoderStack
     target, widths = tiny_model(), []
-    read = DecoderStack.read
+    read = FastTarget.read
 
     def counted(self, parts, layers=()):
         widths.append(len(parts))
         return read(self, parts, layers)
-    monkeypatch.setattr(DecoderStack, "read", counted)
+    monkeypatch.setattr(FastTarget, "read", counted)
     requests = [{"input_ids": prompt_ids(1), "max_new_tokens": count} for count in (2, 4, 6)]
     speckv.generate_batch(target, None, requests, policy="off", fast=True, eos_token_id=[])
     assert widths == [3, 3, 2, 2, 1, 1], "a text that has ended is read no more"

@@ -16,7 +16,7 @@ from torch import nn
 import speckv
 from speckv import ModelError
 from speckv.cache import CachedModel
-from speckv.engine import MOST_ROWS, ROOM, DecoderStack, HeldMatrix, why_not
+from speckv.engine import MOST_ROWS, ROOM, HeldMatrix, embedding_weight, why_not
 from speckv.fast import FastModel, FastTarget
 from speckv.int8 import Int8Linear
 from speckv.kernels import serving
@@ -271,39 +271,71 @@ def test_parts_that_are_not_known_are_refused():
 
 
 def test_ops_refuse_what_does_not_fit():
-    stack = DecoderStack(tiny_model("llama"))
+    target = tiny_model("llama")
+    fast = FastTarget.of(target)
+    decoder, head, weight = fast.stack.number, fast.head.number, embedding_weight(target)
     keys, values = torch.zeros(3, 2, 4, 8), torch.zeros(3, 2, 4, 8)
 
-    def read(x, keys, values, starts, counts, layers=()):
-        return torch.ops.speckv.read_decoder(stack.number, x, keys, values, starts, counts, list(layers))
-    one, huge = torch.zeros(1, 32), 2**63 - 1
-    for given, starts, counts, layers, words in (
-            (torch.zeros(1, 31), [0], [1], [], "size 32"), (torch.zeros(5, 32), [0], [5], [], "room for 4 tokens"),
-            (one, [-1], [1], [], "room for 4 tokens"), (one, [huge], [1], [], "room for 4 tokens"),
-            (one, [0], [huge], [], "room for 4 tokens"), (one, [0], [0], [], "room for 4 tokens"),
-            (one, [0], [1], [2, 1], "ascending"), (one.double(), [0], [1], [], "float32"),
-            (one, [0, 0], [1, 1], [], "as many as"), (one, [], [], [], "as many as"), (one, [0], [2], [], "add up"),
-            (torch.zeros(3, 32), [0], [2], [], "add up")):
+    def read(ids, keys, values, starts, counts, kept=None, layers=(), embedding=weight):
+        return torch.ops.speckv.read_model(decoder, head, embedding, ids, keys, values, starts, counts,
+                                           [1] * len(counts) if kept is None else kept, list(layers))
+    one, huge = torch.zeros(1, dtype=torch.int64), 2**63 - 1
+    for ids, starts, counts, given, words in (
+            (one, [0], [1], {"embedding": weight[:, :31]}, "size 32"),
+            (one.repeat(5), [0], [5], {}, "room for 4 tokens"),
+            (one, [-1], [1], {}, "room for 4 tokens"), (one, [huge], [1], {}, "room for 4 tokens"),
+            (one, [0], [huge], {}, "room for 4 tokens"), (one, [0], [0], {}, "room for 4 tokens"),
+            (one, [0], [1], {"layers": [4]}, "layers must be in"),
+            (one, [0], [1], {"layers": [-2]}, "layers must be in"),
+            (one.int(), [0], [1], {}, "int64"), (one - 1, [0], [1], {}, "ids must be in"),
+            (one + len(weight), [0], [1], {}, "ids must be in"), (one, [0], [1], {"kept": [2]}, "kept must be in"),
+            (one, [0], [1], {"kept": [-1]}, "kept must be in"), (one, [0], [1], {"kept": []}, "as many as"),
+            (one, [0, 0], [1, 1], {}, "as many as"), (one, [], [], {}, "as many as"), (one, [0], [2], {}, "add up"),
+            (one.repeat(3), [0], [2], {}, "add up")):
         with pytest.raises(RuntimeError, match=words):
-            read(given, [keys], [values], starts, counts, layers)
+            read(ids, [keys], [values], starts, counts, **given)
     with pytest.raises(RuntimeError, match="as many as"):
         read(one, [], [], [], [])
     with pytest.raises(RuntimeError, match="add up"):
         read(one, [keys, keys], [values, values], [0, 0], [1, 1])
     with pytest.raises(RuntimeError, match="contiguous"):
         read(one, [keys.transpose(2, 3).contiguous().transpose(2, 3)], [values], [0], [1])
+    with pytest.raises(RuntimeError, match="head must take hidden states of 32"):
+        other = HeldMatrix(torch.zeros(5, 16))
+        torch.ops.speckv.read_model(decoder, other.number, weight, one, [keys], [values], [0], [1], [1], [])
     with pytest.raises(RuntimeError, match="none of number"):
         torch.ops.speckv.multiply_matrix(10**9, torch.zeros(1, 1))
 
 
+@pytest.mark.parametrize("layers", [(0, 2, -1), (-1, 1), (3, 0), (2, 2)])
+def test_hidden_states_are_those_of_the_model_in_the_order_asked_for(layers):
+    target, ids = tiny_model("llama"), prompt_ids(7)
+    reader = FastTarget.of(target).open()
+    _, states = reader.read(ids, 1, layers)
+    expected = target(ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(states[0], torch.cat([expected[layer][0] for layer in layers], dim=-1), rtol=1e-4,
+                               atol=1e-5)
+
+
+def test_an_embedding_that_is_more_than_a_table_is_refused_by_name():
+    target = tiny_model("llama")
+
+    class Scaled(nn.Embedding):
+        pass
+    target.set_input_embeddings(Scaled(50, 32))
+    with pytest.raises(ModelError, match="embedding of type Scaled"):
+        FastTarget.of(target)
+
+
 def test_weights_are_let_go_with_the_model():
     target = tiny_model("llama")
-    decoder, head = FastTarget.of(target).stack.number, FastTarget.of(target).head.number
+    fast = FastTarget.of(target)
+    decoder, head = fast.stack.number, fast.head.number
     speckv.generate(target, None, prompt_ids(4), max_new_tokens=4, policy="off", fast=True)
-    del target
+    del target, fast
     gc.collect()
     with pytest.raises(RuntimeError, match="none of number"):
-        torch.ops.speckv.read_decoder(decoder, torch.zeros(1, 32), [torch.zeros(3, 2, 4, 8)],
-                                      [torch.zeros(3, 2, 4, 8)], [0], [1], [])
+        torch.ops.speckv.read_model(decoder, head, torch.zeros(1, 32), torch.zeros(1, dtype=torch.int64),
+                                    [torch.zeros(3, 2, 4, 8)], [torch.zeros(3, 2, 4, 8)], [0], [1], [1], [])
     with pytest.raises(RuntimeError, match="none of number"):
         torch.ops.speckv.multiply_matrix(head, torch.zeros(1, 32))

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 import speckv
 from speckv import InputError
 from speckv.cache import CachedModel
-from speckv.engine import DecoderStack
+from speckv.fast import FastTarget
 from speckv.kernels import serving
 from speckv.lookup import LookupDrafter, LookupFirst
 
@@ -81,21 +82,32 @@ class Stop:
             raise KeyboardInterrupt
 
 
-def interrupted(place, at, target, drafter, **settings):
-    """A generation that is interrupted: after a step, or in a forward of the target or the drafter, halfway through it
-    or, where the engine runs the layers, at its beginning."""
-    stop = Stop(at)
-    hooked = {"target": target, "drafter": drafter}.get(place)
-    if hooked is not None:
-        module = hooked.get_input_embeddings() if settings["fast"] else hooked.model.layers[1].mlp
-    hook = None if hooked is None else module.register_forward_pre_hook(stop)
+@contextmanager
+def stopped(stop, model, fast):
+    """A forward of the model is interrupted: halfway through it or, where the engine runs the layers, before it."""
+    if not fast:
+        with model.model.layers[1].mlp.register_forward_pre_hook(stop):
+            yield
+        return
+    reader = FastTarget.of(model)
+
+    def read(*args):
+        stop()
+        return FastTarget.read(reader, *args)
+    reader.read = read
     try:
+        yield
+    finally:
+        del reader.read
+
+
+def interrupted(place, at, target, drafter, **settings):
+    """A generation that is interrupted: after a step, or in a forward of the target or the drafter."""
+    stop, model = Stop(at), {"target": target, "drafter": drafter}.get(place)
+    with nullcontext() if model is None else stopped(stop, model, settings["fast"]):
         with pytest.raises(KeyboardInterrupt):
             speckv.generate(target, drafter, prompt_ids(), max_new_tokens=40,
-                            on_step=stop if hook is None else None, **settings)
-    finally:
-        if hook is not None:
-            hook.remove()
+                            on_step=stop if model is None else None, **settings)
 
 
 PLACES = [("step", False), ("target", False), ("drafter", False), pytest.param("step", True, marks=needs_engine),
@@ -264,13 +276,13 @@ def test_a_batch_that_does_not_fit_is_read_text_by_text_and_less_at_a_time(monke
     target = tiny_model()
     drafter, requests = noisy_copy(target), [{"input_ids": prompt_ids(length)} for length in (3, 9, 5)]
     expected = [plain(target, request["input_ids"], 30, fast=True) for request in requests]
-    read = DecoderStack.read
+    read = FastTarget.read
 
     def tight(self, parts, layers=()):
-        if sum(x.shape[0] for _, x in parts) > 4 and all(session.length for session, _ in parts):
+        if sum(len(ids) for _, ids, _ in parts) > 4 and all(session.length for session, _, _ in parts):
             raise OUT_OF_MEMORY["CPU"]
         return read(self, parts, layers)
-    monkeypatch.setattr(DecoderStack, "read", tight)
+    monkeypatch.setattr(FastTarget, "read", tight)
     outputs = speckv.generate_batch(target, drafter, requests, policy="fixed:6", max_new_tokens=30, fast=True)
     for output, text in zip(outputs, expected, strict=True):
         assert torch.equal(output.sequences, text)
