@@ -18,6 +18,7 @@ from speckv.errors import ModelError
 from speckv.files import atomic_folder, cache_folder, check_writable, locked, sha256
 from speckv.kernels import serving
 from speckv.lookup import LookupDrafter, LookupFirst
+from speckv.placement import use_large_pages
 
 # What a missing, truncated or ill-fitting checkpoint makes transformers raise.
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
@@ -59,6 +60,7 @@ def load_target(name_or_path: str = EMBEDDED, compression: str = "bf16", device=
         raise ModelError(f"{name_or_path!r} does not load as a causal language model: {error}") from error
     if compression in DTYPES:
         model = model.to(device)
+    use_large_pages(model)
     model.speckv_compression = compression
     attention.use(model)
     return model.eval(), tokenizer
@@ -231,6 +233,7 @@ def load_drafter(name_or_path: str, target):
         raise ModelError(
             f"{name_or_path!r} is neither a drafter folder nor a causal language model: {error}") from error
     drafter = drafter.to(target.device).eval()
+    use_large_pages(drafter)
     vocabulary = vocabulary_size(target)
     return drafter if vocabulary_size(drafter) == vocabulary else CausalLMDrafter(drafter, vocabulary)
 
