@@ -10,38 +10,16 @@
 namespace speckv {
 namespace {
 
-// A loop is cut into a few pieces a thread: enough that a slow thread is waited for briefly, few enough that taking
-// them costs nothing.
-constexpr int64_t kPiecesPerThread = 4;
+// A loop is cut into several pieces a thread: enough that a slow thread is waited for briefly.
+constexpr int64_t kPiecesPerThread = 8;
 
-// Calls work(block) for each of so many blocks of work.
+// Calls work(begin, end) for pieces of so many blocks of work.
 template <class Work>
-void for_each_block(Team& team, int64_t blocks, const Work& work) {
+void for_each_piece(Team& team, int64_t blocks, const Work& work) {
     const int64_t piece = std::max<int64_t>(1, blocks / (kPiecesPerThread * team.threads()));
     team.run((blocks + piece - 1) / piece, [&](int64_t index) {
-        const int64_t end = std::min((index + 1) * piece, blocks);
-        for (int64_t block = index * piece; block < end; ++block) {
-            work(block);
-        }
+        work(index * piece, std::min((index + 1) * piece, blocks));
     });
-}
-
-// x / (1 + exp(-x)), in place.
-void multiply_by_sigmoid(float* x, int64_t size) {
-    BlockBuffer exponents;
-    for (int64_t start = 0; start < size; start += kBlockSize) {
-        const int64_t count = std::min(kBlockSize, size - start);
-        float* const values = x + start;
-        // exp(-|x|), whose argument is never above 0, serves both signs.
-        for (int64_t i = 0; i < count; ++i) {
-            exponents.values[i] = -std::fabs(values[i]);
-        }
-        exp_weights(exponents.values, count, 0.0f, 1.0f, exponents.values);
-        for (int64_t i = 0; i < count; ++i) {
-            const float e = exponents.values[i];
-            values[i] *= (values[i] >= 0 ? 1.0f : e) / (1.0f + e);
-        }
-    }
 }
 
 // Pairs (i, i + size / 2) of a head turned by the angle of their frequency.
@@ -133,12 +111,15 @@ private:
             buffers_->inputs.arrange_for(*matrix);
             blocks += matrix->blocks();
         }
-        for_each_block(team_, blocks, [&](int64_t block) {
+        for_each_piece(team_, blocks, [&](int64_t begin, int64_t end) {
             int index = 0;
-            for (; block >= matrices[index]->blocks(); ++index) {
-                block -= matrices[index]->blocks();
+            int64_t before = 0;  // blocks of the matrices before this one
+            for (int64_t block = begin; block < end; ++block) {
+                for (; block - before >= matrices[index]->blocks(); ++index) {
+                    before += matrices[index]->blocks();
+                }
+                multiply_block(*matrices[index], block - before, buffers_->inputs, outs[index], matrices[index]->rows);
             }
-            multiply_block(*matrices[index], block, buffers_->inputs, outs[index], matrices[index]->rows);
         });
     }
 
@@ -238,17 +219,15 @@ private:
         buffers_->inputs.arrange_for(*layer.gate);
         buffers_->inputs.arrange_for(*layer.up);
         const int64_t width = decoder_.intermediate;
-        for_each_block(team_, layer.gate->blocks(), [&](int64_t block) {
-            multiply_block(*layer.gate, block, buffers_->inputs, buffers_->gate.data(), width);
-            multiply_block(*layer.up, block, buffers_->inputs, buffers_->up.data(), width);
-            const int64_t begin = block * kBlockRows, end = std::min(begin + kBlockRows, width);
+        for_each_piece(team_, layer.gate->blocks(), [&](int64_t first, int64_t last) {
+            for (int64_t block = first; block < last; ++block) {
+                multiply_block(*layer.gate, block, buffers_->inputs, buffers_->gate.data(), width);
+                multiply_block(*layer.up, block, buffers_->inputs, buffers_->up.data(), width);
+            }
+            const int64_t begin = first * kBlockRows, end = std::min(last * kBlockRows, width);
             for (int64_t token = 0; token < count_; ++token) {
-                float* const gate = buffers_->gate.data() + token * width;
-                const float* const up = buffers_->up.data() + token * width;
-                multiply_by_sigmoid(gate + begin, end - begin);
-                for (int64_t i = begin; i < end; ++i) {
-                    gate[i] *= up[i];
-                }
+                multiply_by_silu(buffers_->gate.data() + token * width + begin,
+                                 buffers_->up.data() + token * width + begin, end - begin);
             }
         });
     }
@@ -277,8 +256,10 @@ SPECKV_CLONES void normalize(const float* x, const float* weight, int64_t size, 
 }
 
 void multiply(const Matrix& matrix, Team& team, const Inputs& inputs, float* out) {
-    for_each_block(team, matrix.blocks(), [&](int64_t block) {
-        multiply_block(matrix, block, inputs, out, matrix.rows);
+    for_each_piece(team, matrix.blocks(), [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+            multiply_block(matrix, block, inputs, out, matrix.rows);
+        }
     });
 }
 

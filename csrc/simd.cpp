@@ -1,6 +1,7 @@
 #include "simd.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "bits.h"
@@ -260,6 +261,15 @@ SPECKV_CLONES void exp_weights(const float* values, int64_t size, float shift, f
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) {
         out[i] = exp_or_zero((values[i] - shift) * scale);
+    }
+}
+
+SPECKV_CLONES void multiply_by_silu(float* gate, const float* up, int64_t size) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+        // exp(-|x|), whose argument is never above 0, serves both signs.
+        const float e = exp_or_zero(-std::fabs(gate[i]));
+        gate[i] = gate[i] * ((gate[i] >= 0 ? 1.0f : e) / (1.0f + e)) * up[i];
     }
 }
 

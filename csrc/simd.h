@@ -56,6 +56,8 @@ struct Softmax {
 };
 // out[i] = exp((x - shift) * scale), exactly 0 where that is below exp(-87), a normal number elsewhere.
 void exp_weights(const float* values, int64_t size, float shift, float scale, float* out);
+// gate[i] *= up[i] / (1 + exp(-gate[i])).
+void multiply_by_silu(float* gate, const float* up, int64_t size);
 // out[i] = max(0, p(i) - q(i)); returns their sum.
 float residual_weights(const float* p_values, const float* q_values, int64_t size, Softmax p, Softmax q, float* out);
 

@@ -1,13 +1,16 @@
 // Threads that share out one forward pass: hundreds of loops of a few microseconds each, too short to start a thread for.
 //
 // PyTorch's own threads are called in once for a pass. Until it is over the helpers spin, so that a loop starts within
-// a fraction of a microsecond. Whoever is free takes the next piece of a loop, and the caller takes pieces too: a helper
-// that the machine keeps busy elsewhere delays nothing but the piece it holds, and where none comes the caller does all.
+// a fraction of a microsecond. Each member, the caller among them, has a run of pieces of its own: it reads one stretch
+// of memory, and takes piece after piece from a counter that no other touches. Whoever is done takes what is left of the
+// others': a helper that the machine keeps busy elsewhere delays nothing but the piece it holds, and where none comes
+// the caller does all.
 
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -15,7 +18,7 @@ namespace speckv {
 
 class Team {
 public:
-    explicit Team(int64_t threads) : threads_(threads) {}
+    explicit Team(int64_t threads) : threads_(threads), shares_(std::min(threads, kMostShares)) {}
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
 
@@ -34,8 +37,8 @@ public:
 
     int64_t threads() const { return threads_; }
 
-    // Works on whatever is shared until dismiss().
-    void help();
+    // Works on whatever is shared until dismiss(), as this member, from 1 on.
+    void help(int64_t member);
     void dismiss() { is_over_.store(true, std::memory_order_release); }
 
 private:
@@ -44,16 +47,21 @@ private:
         const void* context;
     };
 
-    void share(Job job, int64_t pieces);
-    int64_t take();
-    void finish(int64_t piece);
+    // Which loop it is, where a member's run of pieces ends, and which is next, in one word: 24, 20 and 20 bits. A helper
+    // that comes late cannot take a piece of another loop than the one it saw.
+    struct alignas(64) Share {
+        std::atomic<uint64_t> ticket{0};
+    };
 
-    // Which loop it is, how many pieces it has, and which is next, in one word: 24, 20 and 20 bits. A helper that comes
-    // late cannot take a piece of another loop than the one it saw.
-    std::atomic<uint64_t> ticket_{0};
-    std::atomic<int64_t> pending_{0};
+    static constexpr int64_t kMostShares = 32;  // members beyond take what is left of the others'
+
+    void share(Job job, int64_t pieces);
+    int64_t work(int64_t member);
+
+    Share tickets_[kMostShares];
+    alignas(64) std::atomic<int64_t> pending_{0};
     std::atomic<bool> is_over_{false};
-    const int64_t threads_;
+    const int64_t threads_, shares_;
     Job job_{};
 };
 
@@ -70,7 +78,7 @@ void with_team(int64_t elements, const Pass& pass) {
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
         for (int64_t member = begin; member < end; ++member) {
             if (member > 0) {
-                team.help();
+                team.help(member);
                 continue;
             }
             struct Dismissal {
