@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace speckv {
 namespace {
@@ -109,15 +110,28 @@ SPECKV_CLONES void add_values(
     }
 }
 
+// out[i] += factor * values[i]
+SPECKV_CLONES void add_scaled(const float* values, float factor, int64_t size, float* out) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+        out[i] += factor * values[i];
+    }
+}
+
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
+
 }  // namespace
 
-void attend(const Problem& problem, int64_t batch, int64_t group, Buffer<float>& room, float* out) {
+// A part is the largest score of each row [rows], the sum of its weights [rows], and the values times their weights
+// [rows, width], where a weight is 1 for the largest score.
+void attend_chunk(
+    const Problem& problem, int64_t batch, int64_t group, int64_t chunk, Buffer<float>& room, float* part) {
     const int64_t rows = problem.rows();
-    const int64_t stride = padded(problem.positions);
+    const int64_t begin = chunk * kChunkKeys, end = std::min(begin + kChunkKeys, problem.positions);
     const int64_t key_width = padded(problem.key.size);
     const int64_t value_width = padded(problem.value.size);
     const int64_t tile_width = std::max(key_width, value_width);
-    room.assign(rows * key_width + kTileKeys * tile_width + rows * stride, 0.0f);
+    room.assign(rows * key_width + kTileKeys * tile_width + rows * kChunkKeys, 0.0f);
     float* const queries = room.data();
     float* const tile = queries + rows * key_width;
     float* const scores = tile + kTileKeys * tile_width;
@@ -125,26 +139,54 @@ void attend(const Problem& problem, int64_t batch, int64_t group, Buffer<float>&
         const int64_t head = group * problem.group + row / problem.queries;
         widen(problem.query, batch, head, row % problem.queries, 1, key_width, queries + row * key_width);
     }
-    for (int64_t start = 0; start < problem.positions; start += kTileKeys) {
-        const int64_t count = std::min(kTileKeys, problem.positions - start);
+    for (int64_t start = begin; start < end; start += kTileKeys) {
+        const int64_t count = std::min(kTileKeys, end - start);
         widen(problem.key, batch, group, start, count, key_width, tile);
-        add_scores(queries, rows, tile, count, key_width, scores + start, stride);
+        add_scores(queries, rows, tile, count, key_width, scores + start - begin, kChunkKeys);
     }
+    float* const largest_scores = part;
+    float* const sums = part + rows;
+    float* const values = part + 2 * rows;
     for (int64_t row = 0; row < rows; ++row) {
-        float* const weights = scores + row * stride;
-        const int64_t visible = problem.visible(row);
+        float* const weights = scores + row * kChunkKeys;
+        const int64_t visible = std::clamp<int64_t>(problem.visible(row) - begin, 0, end - begin);
         const float shift = largest(weights, visible);
-        exp_weights(weights, visible, shift, problem.scale, weights);
-        const auto inverse = static_cast<float>(1 / sum_double(weights, visible));
-        std::transform(weights, weights + visible, weights, [=](float weight) { return weight * inverse; });
-        std::fill(weights + visible, weights + problem.positions, 0.0f);
+        exp_weights(weights, visible, shift == kNothing ? 0.0f : shift, problem.scale, weights);
+        std::fill(weights + visible, weights + (end - begin), 0.0f);
+        largest_scores[row] = shift;
+        sums[row] = static_cast<float>(sum_double(weights, visible));
     }
-    std::fill(out, out + rows * value_width, 0.0f);
+    std::fill(values, values + rows * value_width, 0.0f);
     std::fill(tile, tile + kTileKeys * tile_width, 0.0f);  // the padding of the values
-    for (int64_t start = 0; start < problem.positions; start += kTileKeys) {
-        const int64_t count = std::min(kTileKeys, problem.positions - start);
+    for (int64_t start = begin; start < end; start += kTileKeys) {
+        const int64_t count = std::min(kTileKeys, end - start);
         widen(problem.value, batch, group, start, count, value_width, tile);
-        add_values(scores + start, stride, rows, tile, count, value_width, out);
+        add_values(scores + start - begin, kChunkKeys, rows, tile, count, value_width, values);
+    }
+}
+
+void join_chunks(const Problem& problem, const float* parts, float* out) {
+    const int64_t rows = problem.rows(), width = padded(problem.value.size);
+    const int64_t count = chunks(problem), size = part_size(problem);
+    std::fill(out, out + rows * width, 0.0f);
+    for (int64_t row = 0; row < rows; ++row) {
+        // Those that the row does not see are left out: it has the same bits where they are not there.
+        const int64_t seen = std::min(count, (problem.visible(row) + kChunkKeys - 1) / kChunkKeys);
+        float shift = kNothing;
+        for (int64_t chunk = 0; chunk < seen; ++chunk) {
+            shift = std::max(shift, parts[chunk * size + row]);
+        }
+        float sum = 0;
+        for (int64_t chunk = 0; chunk < seen; ++chunk) {
+            const float* const part = parts + chunk * size;
+            float factor;
+            exp_weights(part + row, 1, shift, problem.scale, &factor);
+            sum += factor * part[rows + row];
+            add_scaled(part + 2 * rows + row * width, factor, width, out + row * width);
+        }
+        const float inverse = 1 / sum;
+        std::transform(out + row * width, out + (row + 1) * width, out + row * width,
+                       [=](float value) { return value * inverse; });
     }
 }
 

@@ -41,8 +41,24 @@ inline int64_t padded(int64_t size) {
     return (size + kLanes - 1) / kLanes * kLanes;
 }
 
-// All query heads that share a key: out [rows, padded(value.size)] fp32. What a row gets does not depend on the rows
-// beside it. room is scratch.
-void attend(const Problem& problem, int64_t batch, int64_t group, Buffer<float>& room, float* out);
+// Keys are taken so many at a time, from the first on, and what they make of a row is joined afterwards: threads can
+// share a group, and the sums of a row depend on neither how many do nor on the rows beside it.
+constexpr int64_t kChunkKeys = 128;
+
+inline int64_t chunks(const Problem& problem) {
+    return (problem.positions + kChunkKeys - 1) / kChunkKeys;
+}
+
+// Floats that a chunk leaves of all query heads that share a key.
+inline int64_t part_size(const Problem& problem) {
+    return problem.rows() * (2 + padded(problem.value.size));
+}
+
+// What one chunk of keys makes of all query heads that share a key, into part [part_size]. room is scratch.
+void attend_chunk(
+    const Problem& problem, int64_t batch, int64_t group, int64_t chunk, Buffer<float>& room, float* part);
+
+// All chunks, of which the parts lie one behind the other: out [rows, padded(value.size)] fp32.
+void join_chunks(const Problem& problem, const float* parts, float* out);
 
 }  // namespace speckv

@@ -60,13 +60,17 @@ Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& va
     Tensor out = empty<4>({batch, problem.queries, heads, size}, dtype_of(query));
     auto* const start = mutable_data<std::byte>(out);
     const auto run = [&](int64_t begin, int64_t end) {
-        thread_local Buffer<float> room, results;
+        thread_local Buffer<float> room, parts, results;
         const int64_t width = padded(size);
         results.resize(problem.rows() * width);
+        parts.resize(chunks(problem) * part_size(problem));
         for (int64_t task = begin; task < end; ++task) {
             const int64_t sequence = task / groups;
             const int64_t group = task % groups;
-            attend(problem, sequence, group, room, results.data());
+            for (int64_t chunk = 0; chunk < chunks(problem); ++chunk) {
+                attend_chunk(problem, sequence, group, chunk, room, parts.data() + chunk * part_size(problem));
+            }
+            join_chunks(problem, parts.data(), results.data());
             for (int64_t row = 0; row < problem.rows(); ++row) {
                 const int64_t head = group * problem.group + row / problem.queries;
                 const int64_t token = sequence * problem.queries + row % problem.queries;

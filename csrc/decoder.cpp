@@ -1,6 +1,7 @@
 #include "decoder.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "attention.h"
@@ -69,10 +70,19 @@ public:
     }
 
 private:
+    // The query heads of a span that share a key: where the span begins among all tokens, and the group's parts.
+    struct Group {
+        Problem problem;
+        int64_t index, first, part;
+    };
+    struct Task {
+        int64_t group, chunk;
+    };
     struct Buffers {
-        Buffer<float> normed, query, key, value, attended, gate, up, delta, cosine, sine;
-        std::vector<Problem> problems;
-        std::vector<float*> outs;
+        Buffer<float> normed, query, key, value, attended, gate, up, delta, cosine, sine, parts;
+        std::vector<Group> groups;
+        std::vector<Task> tasks;
+        std::vector<std::atomic<int64_t>> left;  // chunks of each group
         Inputs inputs;
     };
 
@@ -165,28 +175,52 @@ private:
     }
 
     void attend_all(int64_t layer) {
-        buffers_->problems.clear();
-        buffers_->outs.clear();
-        int64_t first = 0;
+        buffers_->groups.clear();
+        buffers_->tasks.clear();
+        int64_t first = 0, room = 0;
         for (const Span& span : spans_) {
-            buffers_->problems.push_back(problem_of(span, layer, first));
-            buffers_->outs.push_back(buffers_->attended.data() + first * query_width());
+            const Problem problem = problem_of(span, layer, first);
+            for (int64_t group = 0; group < decoder_.groups; ++group) {
+                for (int64_t chunk = 0; chunk < chunks(problem); ++chunk) {
+                    buffers_->tasks.push_back({static_cast<int64_t>(buffers_->groups.size()), chunk});
+                }
+                buffers_->groups.push_back({problem, group, first, room});
+                room += chunks(problem) * part_size(problem);
+            }
             first += span.count;
         }
-        const int64_t size = decoder_.head_size, groups = decoder_.groups;
-        team_.run(groups * static_cast<int64_t>(spans_.size()), [&](int64_t index) {
-            const int64_t group = index % groups;
-            const Problem& problem = buffers_->problems[index / groups];
-            float* const out = buffers_->outs[index / groups];
-            static thread_local Buffer<float> room, results;
-            results.resize(problem.rows() * padded(size));
-            attend(problem, 0, group, room, results.data());
-            for (int64_t row = 0; row < problem.rows(); ++row) {
-                const int64_t head = group * problem.group + row / problem.queries;
-                const float* const from = results.data() + row * padded(size);
-                std::copy(from, from + size, out + (row % problem.queries) * query_width() + head * size);
+        buffers_->parts.resize(room);
+        if (buffers_->left.size() < buffers_->groups.size()) {
+            buffers_->left = std::vector<std::atomic<int64_t>>(buffers_->groups.size());
+        }
+        for (size_t i = 0; i < buffers_->groups.size(); ++i) {
+            buffers_->left[i].store(chunks(buffers_->groups[i].problem), std::memory_order_relaxed);
+        }
+        team_.run(static_cast<int64_t>(buffers_->tasks.size()), [this, buffers = buffers_](int64_t index) {
+            const Task& task = buffers->tasks[index];
+            const Group& group = buffers->groups[task.group];
+            static thread_local Buffer<float> room;
+            attend_chunk(group.problem, 0, group.index, task.chunk, room,
+                         buffers->parts.data() + group.part + task.chunk * part_size(group.problem));
+            // Whoever does a group's last chunk joins them.
+            if (buffers->left[task.group].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+                join(group);
             }
         });
+    }
+
+    void join(const Group& group) {
+        const Problem& problem = group.problem;
+        const int64_t size = decoder_.head_size;
+        static thread_local Buffer<float> results;
+        results.resize(problem.rows() * padded(size));
+        join_chunks(problem, buffers_->parts.data() + group.part, results.data());
+        float* const out = buffers_->attended.data() + group.first * query_width();
+        for (int64_t row = 0; row < problem.rows(); ++row) {
+            const int64_t head = group.index * problem.group + row / problem.queries;
+            const float* const from = results.data() + row * padded(size);
+            std::copy(from, from + size, out + (row % problem.queries) * query_width() + head * size);
+        }
     }
 
     // Attention of a span that begins with this token of all.
