@@ -198,14 +198,26 @@ void finish_bytes(
     }
 }
 
+int64_t widest_tile(Format format) {
+    switch (format) {
+        case Format::kBFloat16:
+        case Format::kInt8Inputs: return kWideTile;
+        case Format::kFourBit: return kTileUnpacked;
+        default: return kTileInputs;
+    }
+}
+
 }  // namespace
 
 void multiply_block(const Matrix& matrix, int64_t block, const Inputs& inputs, float* out, int64_t stride) {
     const int64_t begin = block * kBlockRows;
     const int64_t end = std::min(begin + kBlockRows, matrix.rows);
-    const int64_t most = matrix.format == Format::kBFloat16 ? kTileHalves : kTileInputs;
-    for (int64_t first = 0; first < inputs.count(); first += most) {
-        const int64_t count = std::min(most, inputs.count() - first);
+    // As few walks through the block as serve all inputs, with about as many in each.
+    const int64_t most = widest_tile(matrix.format);
+    const int64_t walks = (inputs.count() + most - 1) / most;
+    const int64_t tile_inputs = walks > 0 ? (inputs.count() + walks - 1) / walks : 0;
+    for (int64_t first = 0; first < inputs.count(); first += tile_inputs) {
+        const int64_t count = std::min(tile_inputs, inputs.count() - first);
         const Walk walk = first > 0 ? Walk::kLater : count == inputs.count() ? Walk::kOnly : Walk::kFirst;
         float* const tile = out + first * stride + begin;
         switch (matrix.format) {
@@ -227,7 +239,7 @@ void multiply_block(const Matrix& matrix, int64_t block, const Inputs& inputs, f
                     stride);
                 break;
             case Format::kInt8Inputs: {
-                int32_t sums[kTileInputs * kBlockRows];
+                int32_t sums[kWideTile * kBlockRows];
                 multiply_bytes(
                     static_cast<const int8_t*>(matrix.values) + begin * matrix.columns, end - begin, matrix.columns,
                     inputs.byte_row(first), count, walk, sums, kBlockRows);

@@ -17,6 +17,21 @@ namespace {
 
 using UInt32s = uint32_t __attribute__((vector_size(64)));
 
+// Calls loop<inputs> with up to kTileUnpacked of them, or with up to kWideTile.
+#define SPECKV_BY_UP_TO_SIX(inputs, loop, ...) \
+    switch (inputs) { \
+        case 5: return loop<5>(__VA_ARGS__); \
+        case 6: return loop<6>(__VA_ARGS__); \
+        default: SPECKV_BY_INPUTS(inputs, loop, __VA_ARGS__) \
+    }
+#define SPECKV_BY_UP_TO_EIGHT(inputs, loop, ...) \
+    switch (inputs) { \
+        case 7: return loop<7>(__VA_ARGS__); \
+        case 8: return loop<8>(__VA_ARGS__); \
+        default: SPECKV_BY_UP_TO_SIX(inputs, loop, __VA_ARGS__) \
+    }
+static_assert(kTileUnpacked == 6 && kWideTile == 8);
+
 // A core asks for too little ahead by itself, see linear_int8.cpp.
 constexpr int64_t kPrefetchBytes = 4096;
 
@@ -349,17 +364,19 @@ void rows_in_units(
 template <int inputs>
 SPECKV_BF16_UNITS void bytes_in_units(
     const int8_t* weights, int64_t rows, int64_t columns, const uint8_t* x, Walk walk, int32_t* out, int64_t stride) {
+    constexpr int padded = (inputs + 3) / 4 * 4;
     const int64_t whole = columns / 64 * 64;
     for (int64_t row = 0; row < rows; ++row) {
         const int8_t* const values = weights + row * columns;
-        __m512i sums[4];
+        __m512i sums[padded];
         for (auto& sum : sums) {
             sum = _mm512_setzero_si512();
         }
         for (int64_t i = 0; i < whole; i += 64) {
             prefetch(values + i, walk == Walk::kOnly);
-            const __m512i weight = _mm512_loadu_si512(values + i);
-#pragma GCC unroll 4
+            __m512i weight = _mm512_loadu_si512(values + i);
+            asm("" : "+v"(weight));  // or it is loaded once for each input, and each of them misses the cache
+#pragma GCC unroll 8
             for (int input = 0; input < inputs; ++input) {
                 const __m512i value = _mm512_loadu_si512(x + input * columns + i);
                 sums[input] = _mm512_dpbusd_epi32(sums[input], value, weight);
@@ -368,17 +385,20 @@ SPECKV_BF16_UNITS void bytes_in_units(
         if (whole < columns) {
             const auto mask = static_cast<__mmask64>(~uint64_t{0} >> (64 - (columns - whole)));
             const __m512i weight = _mm512_maskz_loadu_epi8(mask, values + whole);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int input = 0; input < inputs; ++input) {
                 const __m512i value = _mm512_maskz_loadu_epi8(mask, x + input * columns + whole);
                 sums[input] = _mm512_dpbusd_epi32(sums[input], value, weight);
             }
         }
-        alignas(16) int32_t four[4];
-        _mm_store_si128(reinterpret_cast<__m128i*>(four), sum_four(sums[0], sums[1], sums[2], sums[3]));
-#pragma GCC unroll 4
-        for (int input = 0; input < inputs; ++input) {
-            out[input * stride + row] = four[input];
+#pragma GCC unroll 2
+        for (int first = 0; first < padded; first += 4) {
+            alignas(16) int32_t four[4];
+            _mm_store_si128(reinterpret_cast<__m128i*>(four),
+                            sum_four(sums[first], sums[first + 1], sums[first + 2], sums[first + 3]));
+            for (int input = first; input < inputs && input < first + 4; ++input) {
+                out[input * stride + row] = four[input - first];
+            }
         }
     }
 }
@@ -420,7 +440,7 @@ SPECKV_BF16_UNITS void block_in_units(
                     _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + chain * kBlockRows)));
                 const auto low = (__m512bh)_mm512_permutexvar_epi16(index, table);
                 const auto high = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(index, 4), table);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
                 for (int input = 0; input < inputs; ++input) {
                     int32_t pair;
                     std::memcpy(&pair, x + input * columns + column + 2 * chain, sizeof(pair));
@@ -434,14 +454,14 @@ SPECKV_BF16_UNITS void block_in_units(
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
             const __m512 scales = widen_scale(row_scale + half * kLanes);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
             for (int input = 0; input < inputs; ++input) {
                 const __m512 sum = _mm512_add_ps(sums[input][half][0], sums[input][half][1]);
                 totals[input][half] = _mm512_fmadd_ps(sum, scales, totals[input][half]);
             }
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int input = 0; input < inputs; ++input) {
         _mm512_storeu_ps(out + input * stride, totals[input][0]);
         _mm512_storeu_ps(out + input * stride + kLanes, totals[input][1]);
@@ -508,13 +528,7 @@ void multiply_bfloat16(
     float* out, int64_t stride) {
 #if defined(__x86_64__)
     if (has_bf16_units()) {
-        switch (inputs) {
-            case 5: return rows_in_units<5>(weights, rows, columns, x, walk, out, stride);
-            case 6: return rows_in_units<6>(weights, rows, columns, x, walk, out, stride);
-            case 7: return rows_in_units<7>(weights, rows, columns, x, walk, out, stride);
-            case 8: return rows_in_units<8>(weights, rows, columns, x, walk, out, stride);
-            default: SPECKV_BY_INPUTS(inputs, rows_in_units, weights, rows, columns, x, walk, out, stride)
-        }
+        SPECKV_BY_UP_TO_EIGHT(inputs, rows_in_units, weights, rows, columns, x, walk, out, stride)
     }
 #endif
     for (int64_t first = 0; first < inputs; first += kTileInputs) {
@@ -528,10 +542,13 @@ void multiply_four_bit(
     const uint16_t* x, int64_t inputs, Walk walk, float* out, int64_t stride) {
 #if defined(__x86_64__)
     if (has_bf16_units()) {
-        SPECKV_BY_INPUTS(inputs, block_in_units, indices, scale, scale_stride, table, columns, x, walk, out, stride)
+        SPECKV_BY_UP_TO_SIX(inputs, block_in_units, indices, scale, scale_stride, table, columns, x, walk, out, stride)
     }
 #endif
-    four_bit_anywhere(indices, scale, scale_stride, table, columns, x, inputs, out, stride);
+    for (int64_t first = 0; first < inputs; first += kTileInputs) {
+        four_bit_anywhere(indices, scale, scale_stride, table, columns, x + first * columns,
+                          std::min(kTileInputs, inputs - first), out + first * stride, stride);
+    }
 }
 
 void multiply_bytes(
@@ -539,7 +556,7 @@ void multiply_bytes(
     int64_t stride) {
 #if defined(__x86_64__)
     if (has_bf16_units()) {
-        SPECKV_BY_INPUTS(inputs, bytes_in_units, weights, rows, columns, x, walk, out, stride)
+        SPECKV_BY_UP_TO_EIGHT(inputs, bytes_in_units, weights, rows, columns, x, walk, out, stride)
     }
 #endif
     bytes_anywhere(weights, rows, columns, x, inputs, out, stride);

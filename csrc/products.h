@@ -1,4 +1,5 @@
-// The inner loops of a product of weights with up to kTileInputs rows of inputs, one for each format of weights.
+// The inner loops of a product of weights with a few rows of inputs, one for each format of weights: up to kWideTile
+// of them for bf16 and for int8 with 8-bit inputs, kTileUnpacked for 4 bits, kTileInputs for fp32.
 //
 // Where a processor multiplies pairs of bf16 (AVX512-BF16) there is a second build of all but the fp32 loops for it,
 // chosen when the process starts; where sums are not exact those of the two round differently. SPECKV_BF16_UNITS=0 in the environment leaves
@@ -10,7 +11,8 @@
 
 namespace speckv {
 
-constexpr int64_t kTileHalves = 8;
+constexpr int64_t kWideTile = 8;
+constexpr int64_t kTileUnpacked = 6;
 
 // Which walk through the weights a product is in this pass: the only one, the first of several, or one of those after
 // it, which find the weights in a cache.
@@ -19,7 +21,7 @@ enum class Walk { kOnly, kFirst, kLater };
 // out[input * stride + row] for weights [rows, columns] and x [inputs, columns].
 void multiply_float32(
     const float* weights, int64_t rows, int64_t columns, const float* x, int64_t inputs, float* out, int64_t stride);
-// The same of bf16, with up to kTileHalves rows of inputs.
+// The same of bf16.
 void multiply_bfloat16(
     const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, int64_t inputs, Walk walk,
     float* out, int64_t stride);
