@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <limits>
+#include <vector>
+
+#include "exponential.h"
 
 namespace speckv {
 namespace {
@@ -26,28 +29,94 @@ void widen(const Heads& heads, int64_t batch, int64_t head, int64_t first, int64
     }
 }
 
-// scores[row * stride + key] = queries[row] . keys[key] for all keys of a tile. What is behind a tile's last key up to a
-// whole vector gets a score too.
+// scores[row * stride + key] = queries[row] . keys[key] for kLanes keys.
+template <int rows>
+SPECKV_INLINE void add_scores_of_rows(
+    const float* queries, const float* keys, int64_t width, float* scores, int64_t stride) {
+    Floats halves[rows][2];
+    for (int half = 0; half < 2; ++half) {
+        Floats sums[rows][8] = {};
+        for (int64_t i = 0; i < width; i += kLanes) {
+            Floats query[rows];
+#pragma GCC unroll 4
+            for (int row = 0; row < rows; ++row) {
+                load(queries + row * width + i, query[row]);
+            }
+#pragma GCC unroll 8
+            for (int key = 0; key < 8; ++key) {
+                Floats value;
+                load(keys + (8 * half + key) * width + i, value);
+#pragma GCC unroll 4
+                for (int row = 0; row < rows; ++row) {
+                    sums[row][key] += query[row] * value;
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int row = 0; row < rows; ++row) {
+            fold_eight(sums[row], halves[row][half]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; ++row) {
+        Floats all;
+        fold_two(halves[row][0], halves[row][1], all);
+        store(all, scores + row * stride);
+    }
+}
+
+// The same for all keys of a tile. What is behind a tile's last key up to a whole vector gets a score too.
 SPECKV_CLONES void add_scores(
     const float* queries, int64_t rows, const float* keys, int64_t count, int64_t width, float* scores,
     int64_t stride) {
     for (int64_t first = 0; first < count; first += kLanes) {
-        for (int64_t row = 0; row < rows; ++row) {
-            Floats sums[kLanes] = {};
-            for (int64_t i = 0; i < width; i += kLanes) {
-                Floats query;
-                load(queries + row * width + i, query);
-#pragma GCC unroll 16
-                for (int64_t key = 0; key < kLanes; ++key) {
-                    Floats value;
-                    load(keys + (first + key) * width + i, value);
-                    sums[key] += query * value;
-                }
-            }
-            Floats all;
-            sum_lanes_of_all(sums, all);
-            store(all, scores + row * stride + first);
+        int64_t row = 0;
+        for (; row + 3 <= rows; row += 3) {
+            add_scores_of_rows<3>(
+                queries + row * width, keys + first * width, width, scores + row * stride + first, stride);
         }
+        for (; row < rows; ++row) {
+            add_scores_of_rows<1>(
+                queries + row * width, keys + first * width, width, scores + row * stride + first, stride);
+        }
+    }
+}
+
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
+
+// Scores [rows, kChunkKeys] made weights, of which a row sees the first visible[row]: exp((score - largest) * scale) of
+// those, 0 behind them up to the chunk's end.
+SPECKV_CLONES void weigh(
+    float* scores, int64_t rows, const int64_t* visible, float scale, float* largest_scores, float* sums) {
+    for (int64_t row = 0; row < rows; ++row) {
+        float* const weights = scores + row * kChunkKeys;
+        std::fill(weights + visible[row], weights + kChunkKeys, kNothing);
+        float lanes[kLanes];
+        std::fill(lanes, lanes + kLanes, kNothing);
+        for (int64_t i = 0; i < kChunkKeys; i += kLanes) {
+#pragma omp simd
+            for (int64_t lane = 0; lane < kLanes; ++lane) {
+                // A NaN is passed over here, and becomes a weight below.
+                lanes[lane] = weights[i + lane] > lanes[lane] ? weights[i + lane] : lanes[lane];
+            }
+        }
+        float most = kNothing;
+        for (float lane : lanes) {
+            most = lane > most ? lane : most;
+        }
+        const float shift = most == kNothing ? 0.0f : most;
+#pragma omp simd
+        for (int64_t i = 0; i < kChunkKeys; ++i) {
+            weights[i] = exp_or_zero((weights[i] - shift) * scale);
+        }
+        Floats total = {};
+        for (int64_t i = 0; i < kChunkKeys; i += kLanes) {
+            Floats some;
+            load(weights + i, some);
+            total += some;
+        }
+        largest_scores[row] = most;
+        sums[row] = sum_lanes(total);
     }
 }
 
@@ -118,8 +187,6 @@ SPECKV_CLONES void add_scaled(const float* values, float factor, int64_t size, f
     }
 }
 
-constexpr float kNothing = -std::numeric_limits<float>::infinity();
-
 }  // namespace
 
 // A part is the largest score of each row [rows], the sum of its weights [rows], and the values times their weights
@@ -131,10 +198,13 @@ void attend_chunk(
     const int64_t key_width = padded(problem.key.size);
     const int64_t value_width = padded(problem.value.size);
     const int64_t tile_width = std::max(key_width, value_width);
-    room.assign(rows * key_width + kTileKeys * tile_width + rows * kChunkKeys, 0.0f);
+    room.resize(rows * key_width + kTileKeys * tile_width + rows * kChunkKeys);
     float* const queries = room.data();
     float* const tile = queries + rows * key_width;
     float* const scores = tile + kTileKeys * tile_width;
+    if (key_width != problem.key.size) {  // the padding
+        std::fill(queries, scores, 0.0f);
+    }
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t head = group * problem.group + row / problem.queries;
         widen(problem.query, batch, head, row % problem.queries, 1, key_width, queries + row * key_width);
@@ -144,20 +214,17 @@ void attend_chunk(
         widen(problem.key, batch, group, start, count, key_width, tile);
         add_scores(queries, rows, tile, count, key_width, scores + start - begin, kChunkKeys);
     }
-    float* const largest_scores = part;
-    float* const sums = part + rows;
-    float* const values = part + 2 * rows;
+    static thread_local std::vector<int64_t> visible;
+    visible.resize(rows);
     for (int64_t row = 0; row < rows; ++row) {
-        float* const weights = scores + row * kChunkKeys;
-        const int64_t visible = std::clamp<int64_t>(problem.visible(row) - begin, 0, end - begin);
-        const float shift = largest(weights, visible);
-        exp_weights(weights, visible, shift == kNothing ? 0.0f : shift, problem.scale, weights);
-        std::fill(weights + visible, weights + (end - begin), 0.0f);
-        largest_scores[row] = shift;
-        sums[row] = static_cast<float>(sum_double(weights, visible));
+        visible[row] = std::clamp<int64_t>(problem.visible(row) - begin, 0, end - begin);
     }
+    float* const values = part + 2 * rows;
+    weigh(scores, rows, visible.data(), problem.scale, part, part + rows);
     std::fill(values, values + rows * value_width, 0.0f);
-    std::fill(tile, tile + kTileKeys * tile_width, 0.0f);  // the padding of the values
+    if (value_width != problem.value.size) {
+        std::fill(tile, tile + kTileKeys * tile_width, 0.0f);
+    }
     for (int64_t start = begin; start < end; start += kTileKeys) {
         const int64_t count = std::min(kTileKeys, end - start);
         widen(problem.value, batch, group, start, count, value_width, tile);

@@ -6,13 +6,13 @@
 
 #include "bits.h"
 #include "clones.h"
+#include "exponential.h"
 #include "vectors.h"
 
 namespace speckv {
 namespace {
 
 constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
-constexpr float kSmallestExponent = -87.0f;  // exp(-87) is 1.6e-38, still a normal number
 
 // Bit arithmetic because GCC does not vectorise the conversion. Sign, exponent and mantissa move to their places in
 // fp32, a product corrects the bias (and normalises subnormals), and inf and NaN get fp32's exponent.
@@ -41,33 +41,6 @@ SPECKV_INLINE uint16_t float16_from_float(float value) {
     const uint32_t sum = to_bits(from_bits(matching) + scaled);
     const uint32_t half = ((sum >> 13) & 0x7c00u) + (sum & 0x0fffu);
     return static_cast<uint16_t>(((bits >> 16) & 0x8000u) | (magnitude > 0x7f800000u ? 0x7e00u : half));
-}
-
-// exp(x) for -87 <= x <= 0; exp(0) is exactly 1. With fused multiply-add within 2 ulp above -40 and 4 below, without it
-// (x86 before AVX2) within 35. x = n ln2 + r with |r| <= ln2/2: the sum with kRound leaves n + 127 in the low bits, 2^n
-// is those bits moved to the exponent, and e^r is a polynomial fitted to relative error 9.2e-8. One product is enough
-// for r because float(ln2) is within 2e-9 of ln2.
-SPECKV_INLINE float exp_in_range(float x) {
-    constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23 and the exponent's bias
-    const float rounded = x * 1.44269504f + kRound;
-    const float n = rounded - kRound;
-    const float r = x - n * 0.693147181f;
-    float e = 0.008290272206068039f;
-    e = e * r + 0.04189816117286682f;
-    e = e * r + 0.1666763871908188f;
-    e = e * r + 0.4999914765357971f;
-    e = e * r + 0.9999997019767761f;
-    e = e * r + 1.0f;
-    return e * from_bits(to_bits(rounded) << 23);
-}
-
-// The comparison is written so that a NaN stays one.
-SPECKV_INLINE float raise_to_range(float x) {
-    return kSmallestExponent > x ? kSmallestExponent : x;
-}
-
-SPECKV_INLINE float exp_or_zero(float x) {
-    return x < kSmallestExponent ? 0.0f : exp_in_range(x);
 }
 
 SPECKV_INLINE float float_from_bfloat16(uint16_t half) {
