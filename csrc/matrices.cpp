@@ -198,9 +198,10 @@ void finish_bytes(
     }
 }
 
-int64_t widest_tile(Format format) {
+int64_t widest_tile(Format format, int64_t inputs) {
     switch (format) {
-        case Format::kBFloat16:
+        // Walks after the first take two rows at a time, for which as many sums as kTilePaired make find registers.
+        case Format::kBFloat16: return inputs > 2 * kWideTile ? kTilePaired : kWideTile;
         case Format::kInt8Inputs: return kWideTile;
         case Format::kFourBit: return kTileUnpacked;
         default: return kTileInputs;
@@ -213,7 +214,7 @@ void multiply_block(const Matrix& matrix, int64_t block, const Inputs& inputs, f
     const int64_t begin = block * kBlockRows;
     const int64_t end = std::min(begin + kBlockRows, matrix.rows);
     // As few walks through the block as serve all inputs, with about as many in each.
-    const int64_t most = widest_tile(matrix.format);
+    const int64_t most = widest_tile(matrix.format, inputs.count());
     const int64_t walks = (inputs.count() + most - 1) / most;
     const int64_t tile_inputs = walks > 0 ? (inputs.count() + walks - 1) / walks : 0;
     for (int64_t first = 0; first < inputs.count(); first += tile_inputs) {

@@ -341,7 +341,7 @@ SPECKV_BF16_UNITS void all_rows_in_units(
     const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, Walk walk, float* out,
     int64_t stride) {
     int64_t row = 0;
-    if constexpr (inputs <= 4) {
+    if constexpr (inputs <= kTilePaired) {
         for (; walk == Walk::kLater && row + 2 <= rows; row += 2) {
             some_rows_in_units<Stream, 2, inputs>(weights + row * columns, columns, x, walk, out + row, stride);
         }
