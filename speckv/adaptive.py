@@ -138,6 +138,6 @@ class _AdaptiveSession(PolicySession):
     def record(self, step):
         self._state.record(step)
         self._experience.record(step, self._promise, self._is_warm)
-        self._is_warm = any(not signal.is_estimate for signal in step.signals)
+        self._is_warm = False in [signal.is_estimate for signal in step.signals]
         if step.signals:
             self._is_estimate = step.signals[0].is_estimate

@@ -99,7 +99,7 @@ class StepCosts:
             weight, value = min(estimate.count, TRUSTED), estimate.value
         estimate.add(verify_ms)
         self._line.change(positions, weight, value, min(estimate.count, TRUSTED), estimate.value)
-        copied = sum(signal.is_estimate for signal in step.signals)
+        copied = _copied(step)
         modelled = step.gamma - copied
         if modelled and (is_warm or not self._first.count):
             rest = max(step.draft_ms - copied * self.draft_ms(True), 0.0)
@@ -141,7 +141,7 @@ class StepCosts:
 
     def usual_ms(self, step) -> float:
         """Of a step such as this StepRecord, which may itself have been held up."""
-        copied = sum(signal.is_estimate for signal in step.signals)
+        copied = _copied(step)
         return (self._drafts_ms(copied, True) + self._drafts_ms(step.gamma - copied, False)
                 + self.verify_ms(step.gamma + 1))
 
@@ -149,3 +149,8 @@ class StepCosts:
         if count == 0:
             return 0.0
         return self.draft_ms(is_estimate) + (count - 1) * self.draft_ms(is_estimate, 1)
+
+
+def _copied(step):
+    """How many tokens of its draft were copied from the text."""
+    return [signal.is_estimate for signal in step.signals].count(True)

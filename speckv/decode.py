@@ -2,6 +2,7 @@
 
 import re
 import time
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -112,7 +113,6 @@ class Run:
         self._temperature = torch.full((1,), settings.temperature, device=device)
         self._filters = {name: torch.tensor([value], device=device) for name, value in settings.filters.items()}
         self._numbers = random_numbers(settings)
-        self._counts = {}  # as tensors
         self._longest_draft = settings.max_new_tokens
 
     @torch.inference_mode()
@@ -224,10 +224,8 @@ class Run:
         else:
             count = draft.tokens.shape[1]
             draft_logits = target_logits[:, :count] if draft.logits is None else draft.logits
-            if count not in self._counts:
-                self._counts[count] = draft.tokens.new_full((1,), count)
-            tokens = verify_chain(target_logits, draft_logits, draft.tokens, self._counts[count], self._temperature,
-                                  draft.uniform, **self._filters)[0][0].tolist()
+            tokens = verify_chain(target_logits, draft_logits, draft.tokens, _as_tensor(count, draft.tokens.device),
+                                  self._temperature, draft.uniform, **self._filters)[0][0].tolist()
         emitted = [token for token in tokens if token >= 0]
         if not emitted:
             raise NumericalError("verify_chain: row 0: the logits are not a distribution (NaN, +inf, or all -inf)")
@@ -292,7 +290,7 @@ class Run:
             self.ids[0, start + accepted] = emitted[-1]
         else:
             self._host_ids[start + accepted] = emitted[-1]
-        end = next((i + 1 for i, token in enumerate(emitted) if self._is_end(token, start + i + 1)), None)
+        end = self._end(emitted, start)
         emitted = emitted[:end]
         self.length = start + len(emitted)
         self.finished = end is not None or self.length == self.end
@@ -302,10 +300,15 @@ class Run:
             self._draft.rollback(self.length - 1)
         return emitted, min(accepted, len(emitted))
 
-    def _is_end(self, token, length):
-        """Whether the text ends with this token, the last of `length`."""
-        has_ended = bool(self._criteria) and ends_text(self._criteria, self.ids[:, :length])
-        return has_ended or token in self._eos_ids
+    def _end(self, emitted, start):
+        """How many of the tokens emitted from `start` on there are up to the first that ends the text; None if none."""
+        if not self._criteria and self._eos_ids.isdisjoint(emitted):
+            return None
+        for count, token in enumerate(emitted, 1):
+            has_ended = bool(self._criteria) and ends_text(self._criteria, self.ids[:, :start + count])
+            if has_ended or token in self._eos_ids:
+                return count
+        return None
 
     def _named(self, error):
         """An op's complaint about logits with the step it came in; anything else as it is."""
@@ -319,6 +322,11 @@ def is_out_of_memory(error) -> bool:
     """Whether an allocation failed: on a GPU, on a CPU in PyTorch's words, or elsewhere."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(
         re.search(r"can't allocate memory|not enough memory|bad_alloc", str(error)))
+
+
+@lru_cache(maxsize=256)
+def _as_tensor(count, device):
+    return torch.full((1,), count, device=device)
 
 
 def _joined(rows):

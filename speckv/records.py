@@ -2,14 +2,14 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from speckv.signals import Signal
 
 
-@dataclass(frozen=True)
-class StepRecord:
+class StepRecord(NamedTuple):
     """One draft-and-verify step.
 
     gamma draft tokens were proposed and `accepted` of them kept, so the step emitted `tokens` (accepted + 1 unless the

@@ -153,7 +153,7 @@ def ask_at_the_end_of_a_step(self, emitted):
     end = next((i + 1 for i, token in enumerate(emitted) if token in self._eos_ids), None)
     emitted = emitted[:end]
     self.length = start + len(emitted)
-    self.finished = self._is_end(emitted[-1], self.length) or self.length == self.end
+    self.finished = self._end(emitted[-1:], self.length - 1) is not None or self.length == self.end
     self.target.rollback(self.length - 1)
     if self._draft is not None:
         self._draft.rollback(self.length - 1)
