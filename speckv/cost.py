@@ -7,6 +7,8 @@ MOST_POSITIONS = 32     # passes over more are counted as this many
 NEWEST_SHARE = 0.05     # of a new measurement, once there are many: what is 20 steps old counts a third
 LARGEST_JUMP = 1.5      # a measurement counts as at most so many times the estimate: another process was busy
 TRUSTED = 20            # measurements after which more of them make an estimate no better
+LEVEL_SHARE = 0.2       # of a new measurement in what passes of all lengths have in common
+LARGEST_RISE = 1.2      # or fall of that, by one measurement
 LINE_TRIALS = 4         # what the line through all lengths is worth where one length was seldom measured
 USUAL_GROWTH = 0.03     # of a pass by one more position, before it is measured: memory-bound passes are nearly flat
 GROWTH_TRIALS = 10.0
@@ -67,10 +69,15 @@ class StepCosts:
 
     Where nothing was measured yet it answers with what is usual, in units of the first pass; so the first few steps of
     a run decide with rough costs.
+
+    A pass over n positions costs level * own(n). Every pass tells of the level, which a longer context or a busier
+    machine raises for all: without it a length that was measured long ago, in a shorter text, would look cheap beside
+    one that is measured now.
     """
 
     def __init__(self):
-        self._verify = {}         # positions: _Estimate
+        self._verify = {}         # positions: _Estimate, where the level is 1
+        self._level = 1.0
         self._copied = _Estimate()  # a token, by lookup
         self._first = _Estimate()   # of a draft, by a model, which reads what the target added to the last one
         self._next = _Estimate()    # each one after that
@@ -88,7 +95,8 @@ class StepCosts:
         too, and tells nothing of the next.
         """
         positions = min(step.gamma + 1, MOST_POSITIONS)
-        estimate, verify_ms = self._verify.get(positions), step.verify_ms
+        self._learn_level(positions, step.verify_ms)
+        estimate, verify_ms = self._verify.get(positions), step.verify_ms / self._level
         if estimate is None:
             if not self.is_empty:
                 # A stall would keep drafts from this length, and so from being measured at it again.
@@ -110,6 +118,12 @@ class StepCosts:
         elif copied and not modelled:
             self._copied.add(step.draft_ms / copied)
 
+    def _learn_level(self, positions, verify_ms):
+        if not self.is_empty:
+            level = verify_ms / self._own_ms(positions)
+            level = min(max(level, self._level / LARGEST_RISE), self._level * LARGEST_RISE)
+            self._level += LEVEL_SHARE * (level - self._level)
+
     def draft_ms(self, is_estimate: bool, number: int = 0) -> float:
         """Of one draft token, the first of its draft (number 0) or a later one, of a model or (is_estimate) copied
         from the text."""
@@ -121,9 +135,9 @@ class StepCosts:
 
     def verify_ms(self, positions: int) -> float:
         """Of a pass of the target over so many positions, gamma + 1."""
-        if self.is_empty:
-            return 1.0
-        positions = min(positions, MOST_POSITIONS)
+        return 1.0 if self.is_empty else self._level * self._own_ms(min(positions, MOST_POSITIONS))
+
+    def _own_ms(self, positions):
         line, own = self._line.at(positions), self._verify.get(positions)
         if own is None:
             return line

@@ -94,7 +94,7 @@ def test_one_stall_moves_an_estimate_little_and_a_lasting_change_is_learned():
     for _ in range(50):
         costs.record(step(0, 0, 0.0, 40.0))
     costs.record(step(0, 0, 0.0, 4000.0))
-    assert costs.verify_ms(1) < 42
+    assert costs.verify_ms(1) < 43
     for _ in range(100):
         costs.record(step(0, 0, 0.0, 80.0))
     assert costs.verify_ms(1) == pytest.approx(80, rel=0.05)
@@ -106,6 +106,17 @@ def test_a_pass_that_jumps_at_a_length_is_seen_there():
         for gamma, ms in ((1, 30), (3, 32), (4, 50), (5, 51)):
             costs.record(step(gamma, 0, gamma, ms))
     assert costs.verify_ms(5) - costs.verify_ms(4) > 12
+
+
+def test_a_longer_context_raises_the_price_of_lengths_that_it_was_not_measured_at():
+    costs = StepCosts()
+    for _ in range(40):
+        for gamma, ms in ((0, 30), (1, 32), (4, 38)):
+            costs.record(step(gamma, 0, gamma, ms))
+    for _ in range(60):
+        costs.record(step(1, 0, 1, 64))
+    assert costs.verify_ms(2) == pytest.approx(64, rel=0.02)
+    assert costs.verify_ms(5) == pytest.approx(76, rel=0.04) and costs.verify_ms(1) == pytest.approx(60, rel=0.04)
 
 
 def test_a_stall_at_a_length_not_yet_measured_counts_for_little():
