@@ -50,6 +50,8 @@ class Llama:
     """llama.cpp in a process of its own, asked one prompt at a time."""
 
     def __init__(self, python, tokens):
+        if subprocess.run([python, "-c", "import llama_cpp"], stderr=subprocess.DEVNULL).returncode:
+            raise SystemExit(f"{python} cannot import llama_cpp: install llama-cpp-python there, or leave --llama out")
         command = [python, "-c", LLAMA, str(embedded_gguf()), str(torch.get_num_threads()), str(tokens)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          stderr=subprocess.DEVNULL, text=True)
