@@ -18,8 +18,8 @@ SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def use_large_pages(model) -> bool:
     """Move the floating-point parameters on the CPU into large pages, one behind the other; returns whether it was.
 
-    Only where they lie changes: parameters stay the objects they are, tied ones tied, and take no more memory. Systems
-    without large pages (those other than Linux, or where they are switched off) are left alone.
+    Only where they lie changes: parameters stay the objects they are, tied ones tied. What was mapped from a file is
+    no longer shared with other processes that map it. Systems without large pages (those other than Linux, or where they are switched off) are left alone.
     """
     if not _has_large_pages():
         return False
@@ -38,7 +38,7 @@ def use_large_pages(model) -> bool:
             count = parameter.numel() * parameter.element_size()
             moved[key] = room[start:start + count].view(parameter.dtype).view(parameter.shape).copy_(parameter.data)
             start += _room(parameter)
-        parameter.data = moved[key]  # what is not held elsewhere is let go, so that both are never there whole
+        parameter.data = moved[key]  # lets go of the old one, where it has memory of its own
     return True
 
 
