@@ -19,7 +19,8 @@ def use_large_pages(model) -> bool:
     """Move the floating-point parameters on the CPU into large pages, one behind the other; returns whether it was.
 
     Only where they lie changes: parameters stay the objects they are, tied ones tied. What was mapped from a file is
-    no longer shared with other processes that map it. Systems without large pages (those other than Linux, or where they are switched off) are left alone.
+    no longer shared with other processes that map it. Systems without large pages (those other than Linux, or where
+    they are switched off) are left alone.
     """
     if not _has_large_pages():
         return False
