@@ -107,6 +107,27 @@ def test_threads_do_not_change_a_bit():
 
 
 @torch.inference_mode()
+def test_a_draft_across_chunks_of_keys_has_the_bits_of_its_tokens_alone_on_any_number_of_threads():
+    model = tiny_model("llama", hidden_size=512, intermediate_size=1024).bfloat16()
+    ids, threads = long_prompt(270), torch.get_num_threads()
+    alone = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for start in (124, 252):  # chunks are of 128 keys
+                session = FastTarget.of(model).open()
+                session.read(ids[:, :start], 1)
+                one_by_one = [session.read(ids[:, :end], 1)[0] for end in range(start + 1, start + 9)]
+                session.rollback(start)
+                together = session.read(ids[:, :start + 8], 8)[0]
+                assert torch.equal(together, torch.cat(one_by_one, dim=1))
+                alone.append(together)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(alone[i], alone[i % 2]) for i in range(len(alone)))
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("rows,columns", SHAPES)
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -169,6 +190,20 @@ def test_four_bit_matrices(kind, nested, was_used):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantized_matrices_give_the_same_bits_for_any_number_of_rows(kind):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    if kind == "nf4":
+        module = bitsandbytes.nn.Linear4bit(576, 96, quant_type=kind, compute_dtype=torch.bfloat16)
+    else:
+        module = bitsandbytes.nn.Linear8bitLt(576, 97, has_fp16_weights=False, threshold=2.5)
+    matrix, x = HeldMatrix(quantized(module)), torch.randn(19, 576)
+    expected = torch.cat([matrix(row.unsqueeze(0)) for row in x])
+    for count in range(1, len(x) + 1):
+        assert torch.equal(matrix(x[:count]), expected[:count])
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 def test_eight_bit_matrices(threshold):
     bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -194,10 +229,12 @@ def test_a_build_without_bf16_units_agrees():
             (torch.randint(0, 256, (96, 288), dtype=torch.uint8), torch.rand(9, 96).bfloat16(), no, table),
             (torch.randint(-128, 128, (100, 576), dtype=torch.int8), torch.rand(100), no, torch.tensor([2.5])),
         ]
-        for parts in matrices:
-            number = torch.ops.speckv.open_matrix(*parts)
+        numbers = [torch.ops.speckv.open_matrix(*parts) for parts in matrices]
+        for number in numbers:
             for count in (1, 6):
                 print(torch.ops.speckv.multiply_matrix(number, x[:count])[0, :90].tolist())
+        for number in numbers:
+            print(torch.ops.speckv.multiply_matrix(number, x).tolist())
     """)
     lines = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                             env=os.environ | {"SPECKV_BF16_UNITS": units}).stdout.splitlines() for units in ("1", "0")]

@@ -30,7 +30,7 @@ class Model(nn.Module):
 
 
 @has_large_pages
-def test_values_and_ties_stay_and_rows_begin_on_a_cache_line():
+def test_values_and_ties_stay_and_weights_begin_on_a_cache_line():
     model = Model()
     before, objects = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
     untouched = model.turned.data_ptr(), model.numbers.data_ptr()
@@ -45,7 +45,7 @@ def test_values_and_ties_stay_and_rows_begin_on_a_cache_line():
 
 
 @has_large_pages
-def test_the_memory_goes_with_the_last_of_the_weights():
+def test_a_weight_outlives_its_model():
     model = Model()
     use_large_pages(model)
     last, gone = model.last.data, weakref.ref(model.first)

@@ -53,11 +53,12 @@ def test_all_may_be_views_and_only_what_is_seen_is_read(dtype):
 
 @of_the_kernel
 @each_dtype
-def test_a_token_gets_the_same_bits_however_many_are_asked_with_it(dtype):
-    values = random_attention(1, 9, 3, 7, 200, 64, 64, dtype=dtype)
+@pytest.mark.parametrize("positions", [200, 130])  # at 130 the first tokens do not see the second chunk of 128 keys
+def test_a_token_gets_the_same_bits_however_many_are_asked_with_it(dtype, positions):
+    values = random_attention(1, 9, 3, 7, positions, 64, 64, dtype=dtype)
     together = call("decode_attention", values)[0]
     for token in range(7):
-        seen = 200 - 7 + token + 1
+        seen = positions - 7 + token + 1
         alone = decode_attention(values["query"][:, :, token:token + 1], values["key"][:, :, :seen],
                                  values["value"][:, :, :seen], values["scale"])
         assert same_bits(alone[:, 0], together[:, token])
