@@ -237,7 +237,7 @@ void join_chunks(const Problem& problem, const float* parts, float* out) {
     const int64_t count = chunks(problem), size = part_size(problem);
     std::fill(out, out + rows * width, 0.0f);
     for (int64_t row = 0; row < rows; ++row) {
-        // Those that the row does not see are left out: it has the same bits where they are not there.
+        // Those that the row does not see have weights of 0, and values that may be NaN.
         const int64_t seen = std::min(count, (problem.visible(row) + kChunkKeys - 1) / kChunkKeys);
         float shift = kNothing;
         for (int64_t chunk = 0; chunk < seen; ++chunk) {

@@ -2,8 +2,8 @@
 // of them for bf16 and for int8 with 8-bit inputs, kTileUnpacked for 4 bits, kTileInputs for fp32.
 //
 // Where a processor multiplies pairs of bf16 (AVX512-BF16) there is a second build of all but the fp32 loops for it,
-// chosen when the process starts; where sums are not exact those of the two round differently. SPECKV_BF16_UNITS=0 in the environment leaves
-// those units alone.
+// chosen when the process starts; where sums are not exact those of the two round differently. SPECKV_BF16_UNITS=0 in the
+// environment leaves those units alone.
 
 #pragma once
 

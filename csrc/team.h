@@ -2,8 +2,8 @@
 //
 // PyTorch's own threads are called in once for a pass. Until it is over the helpers spin, so that a loop starts within
 // a fraction of a microsecond. Each member, the caller among them, has a run of pieces of its own: it reads one stretch
-// of memory, and takes piece after piece from a counter that no other touches. Whoever is done takes what is left of the
-// others': a helper that the machine keeps busy elsewhere delays nothing but the piece it holds, and where none comes
+// of memory, and takes piece after piece from a counter of its own. Whoever is done takes what is left of the others': a
+// helper that the machine keeps busy elsewhere delays nothing but the piece it holds, and where none comes
 // the caller does all.
 
 #pragma once
