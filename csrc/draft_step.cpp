@@ -10,28 +10,6 @@
 namespace speckv {
 namespace {
 
-float larger(float a, float b) {
-    return b > a || b != b ? b : a;  // a NaN passes, as in torch.maximum
-}
-
-float smaller(float a, float b) {
-    return b < a || b != b ? b : a;
-}
-
-// signals [5 or more] with one more token in them; `drafted` tokens were in them before, and at 0 they are not read.
-void update_signals(float* signals, int64_t drafted, float entropy, float confidence) {
-    if (drafted == 0) {
-        signals[0] = signals[2] = entropy;
-        signals[1] = signals[3] = confidence;
-        return;
-    }
-    const auto count = static_cast<float>(drafted);
-    signals[0] = (signals[0] * count + entropy) / (count + 1);
-    signals[1] = (signals[1] * count + confidence) / (count + 1);
-    signals[2] = larger(signals[2], entropy);
-    signals[3] = smaller(signals[3], confidence);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> draft_step(
     const Tensor& logits, const Tensor& temperature, const Tensor& uniform, const Tensor& signals,
     const Tensor& drafted, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,

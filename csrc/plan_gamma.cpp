@@ -11,8 +11,32 @@
 #include "tensors.h"
 
 namespace speckv {
+namespace {
 
 constexpr double kLargestRate = 1e30;  // as in kernels/checks.py
+
+float larger(float a, float b) {
+    return b > a || b != b ? b : a;  // a NaN passes, as in torch.maximum
+}
+
+float smaller(float a, float b) {
+    return b < a || b != b ? b : a;
+}
+
+}  // namespace
+
+void update_signals(float* signals, int64_t drafted, float entropy, float confidence) {
+    if (drafted == 0) {
+        signals[0] = signals[2] = entropy;
+        signals[1] = signals[3] = confidence;
+        return;
+    }
+    const auto count = static_cast<float>(drafted);
+    signals[0] = (signals[0] * count + entropy) / (count + 1);
+    signals[1] = (signals[1] * count + confidence) / (count + 1);
+    signals[2] = larger(signals[2], entropy);
+    signals[3] = smaller(signals[3], confidence);
+}
 
 int64_t plan_gamma_row(const Controller& controller, const float* signals, float* acceptance) {
     // What the signals contribute to each hidden unit is the same for every candidate.
@@ -47,9 +71,8 @@ int64_t plan_gamma_row(const Controller& controller, const float* signals, float
     return controller.gammas[best];
 }
 
-void check_plan_gamma(
-    const char* op, const Tensor& signals, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
-    const Tensor& gammas, const Tensor& seconds, double rate) {
+void check_controller(
+    const char* op, const Tensor& signals, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
     check_shape(op, "signals", signals, {kAnySize, kAnySize});
     const int64_t features = signals.size(1);
     if (features < 5) {
@@ -68,6 +91,18 @@ void check_plan_gamma(
     check_float32(op, "b1", b1);
     check_float32(op, "w2", w2);
     check_float32(op, "b2", b2);
+}
+
+void check_rate(const char* op, double rate) {
+    if (!(rate >= 0 && rate <= kLargestRate)) {
+        refuse(op, "rate must be finite and >= 0");
+    }
+}
+
+void check_plan_gamma(
+    const char* op, const Tensor& signals, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+    const Tensor& gammas, const Tensor& seconds, double rate) {
+    check_controller(op, signals, w1, b1, w2, b2);
     check_float32(op, "seconds", seconds);
     check_shape(op, "gammas", gammas, {kAnySize});
     check_int64(op, "gammas", gammas);
@@ -75,9 +110,7 @@ void check_plan_gamma(
         refuse(op, "gammas must name at least one candidate");
     }
     check_shape(op, "seconds", seconds, {gammas.size(0)});
-    if (!(rate >= 0 && rate <= kLargestRate)) {
-        refuse(op, "rate must be finite and >= 0");
-    }
+    check_rate(op, rate);
 }
 
 Controller ControllerTensors::controller(double rate) const {

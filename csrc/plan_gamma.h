@@ -22,8 +22,15 @@ struct Controller {
     float rate;  // tokens per second; 0 for the candidate with the most tokens per second of its own
 };
 
+// signals [5 or more] with one more token in them; `drafted` tokens were in them before, and at 0 they are not read.
+void update_signals(float* signals, int64_t drafted, float entropy, float confidence);
+
 // acceptance [candidates] receives the MLP's outputs. Returns the best candidate, the first of equals; has no meaning where an acceptance is not finite.
 int64_t plan_gamma_row(const Controller& controller, const float* signals, float* acceptance);
+
+void check_controller(
+    const char* op, const Tensor& signals, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2);
+void check_rate(const char* op, double rate);
 
 void check_plan_gamma(
     const char* op, const Tensor& signals, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,

@@ -29,6 +29,7 @@ from speckv.experience import Experience
 from speckv.kernels import draft_step, plan_gamma
 from speckv.policy import PolicySession
 from speckv.signals import Signal, read_numbers
+from speckv.stopping import StopRule, Worth
 
 NEXT_STANDS = 0.6  # how often one more token of a model stands, where all before it do
 LOOK_AHEAD = 2     # tokens
@@ -79,9 +80,11 @@ class _AdaptiveSession(PolicySession):
         self._promise = 0.0
         self._is_warm = False      # whether a model drafted in the last step, and has read all the text but its end
         self._is_estimate = False  # of the last draft
+        self._chained = None       # of a draft made in one call: how many tokens, and the controller's acceptance
 
     def max_draft(self):
         self._state.begin()
+        self._chained = None
         if self._experience.wants_plain or not (self.is_asked or self.may_draft(self._is_estimate)):
             return 0
         return self._longest
@@ -118,6 +121,20 @@ class _AdaptiveSession(PolicySession):
         is_worth_it = self._is_worth_it(self._state.after(signal.confidence), stands, more_ms)
         return token, signal, gamma > stop_here and is_worth_it and drafted + 1 < source.cap
 
+    def stop_rule(self, most):
+        experience, source = self._experience, self._experience.sources[False]
+        costs = experience.costs
+        source.begin()
+        self._state.write(self._signals.numpy()[0], 0, None)
+        longest = min(most, max(source.cap, 1))
+        passes = [costs.verify_ms(n + 1) for n in range(longest + LOOK_AHEAD + 1)]
+        return StopRule(longest, worth=Worth(
+            self._signals, self._weights, torch.tensor(passes, dtype=torch.float64), costs.draft_ms(False, 1),
+            experience.rate, source.scale, NEXT_STANDS, LONGEST_COUNTED, LOOK_AHEAD))
+
+    def drafted(self, chain):
+        self._chained = len(chain.signals), chain.acceptance
+
     def _is_worth_it(self, survival, stands, more_ms):
         """Whether one more token or the next few are worth so many milliseconds, where the draft survives with this
         probability and each of them stands with that."""
@@ -130,8 +147,11 @@ class _AdaptiveSession(PolicySession):
         return False
 
     def promise(self, gamma):
-        counted = self._drafted[min(gamma, LONGEST_COUNTED)]
-        acceptance = plan_gamma(self._signals, *self._weights, counted, self._no_price)[1].item()
+        if self._chained is not None and self._chained[0] == gamma:
+            acceptance = self._chained[1]
+        else:
+            counted = self._drafted[min(gamma, LONGEST_COUNTED)]
+            acceptance = plan_gamma(self._signals, *self._weights, counted, self._no_price)[1].item()
         self._promise = min(max(acceptance, 0.0), 1.0) * gamma
         return self._promise
 

@@ -11,7 +11,7 @@ import torch
 from speckv.compression import compression_level
 from speckv.controller import Controller
 from speckv.errors import InputError
-from speckv.policy import PolicySession, StoppingSession
+from speckv.policy import CountingSession, LimitedSession
 
 LONGEST_DRAFT = 20  # where a rule has no limit of its own: transformers' num_assistant_tokens
 
@@ -35,7 +35,7 @@ class HFConfidence:
         return "hf-confidence"
 
     def open(self, compression=None):
-        return _Stopping(self, lambda drafted, signal: signal.confidence >= self.threshold)
+        return _LimitedSession(self, least_confidence=self.threshold)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class SVIP:
         return "svip"
 
     def open(self, compression=None):
-        return _Stopping(self, lambda drafted, signal: math.sqrt(signal.entropy * math.log(2)) < self.threshold)
+        return _LimitedSession(self, most_entropy=self.threshold ** 2 / math.log(2))
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class SpecDecPlusPlus:
         return "specdec++"
 
     def open(self, compression=None):
-        return _SpecDecSession(self)
+        return _LimitedSession(self, least_survival=1 - self.threshold)
 
 
 @dataclass(frozen=True)
@@ -143,19 +143,22 @@ def _check_share(name, value):
         raise InputError(f"{name} is {value}: it must lie between 0 and 1")
 
 
-class _Stopping(StoppingSession):
-    """Goes on while a rule of the last token says so."""
+class _LimitedSession(LimitedSession):
+    """Goes on while the same limits are kept."""
 
-    def __init__(self, policy, rule):
+    def __init__(self, policy, **limits):
         self.name = policy.name
         self._longest = policy.longest
-        self.goes_on = rule
+        self._limits = limits
 
     def max_draft(self):
         return self._longest
 
+    def limits(self):
+        return self._limits
 
-class _HeuristicSession(PolicySession):
+
+class _HeuristicSession(CountingSession):
     def __init__(self, policy):
         self.name = policy.name
         self._gamma = policy.start
@@ -171,7 +174,7 @@ class _HeuristicSession(PolicySession):
             self._gamma = min(self._gamma, LONGEST_DRAFT)
 
 
-class _AdaEDLSession(StoppingSession):
+class _AdaEDLSession(LimitedSession):
     def __init__(self, policy):
         self.name = policy.name
         self._policy = policy
@@ -181,9 +184,10 @@ class _AdaEDLSession(StoppingSession):
     def max_draft(self):
         return self._policy.longest
 
-    def goes_on(self, drafted, signal):
-        bound = 1 - math.sqrt(self._policy.gamma * signal.entropy * math.log(2))
-        return bound >= self._threshold
+    def limits(self):
+        # 1 - sqrt(gamma * H) >= threshold; no entropy is so low where the threshold is above 1
+        farthest = 1 - self._threshold
+        return {"most_entropy": farthest * abs(farthest) / (self._policy.gamma * math.log(2))}
 
     def record(self, step):
         if not step.gamma:
@@ -195,21 +199,7 @@ class _AdaEDLSession(StoppingSession):
         self._threshold = policy.smoothing * self._threshold + (1 - policy.smoothing) * moved
 
 
-class _SpecDecSession(StoppingSession):
-    def __init__(self, policy):
-        self.name = policy.name
-        self._policy = policy
-        self._survival = 1.0
-
-    def max_draft(self):
-        return self._policy.longest
-
-    def goes_on(self, drafted, signal):
-        self._survival = signal.confidence * (1.0 if drafted == 1 else self._survival)
-        return 1 - self._survival <= self._policy.threshold
-
-
-class _PaperSession(PolicySession):
+class _PaperSession(CountingSession):
     def __init__(self, policy, compression):
         self.name = policy.name
         self._policy = policy

@@ -108,6 +108,8 @@ class Run:
         policy.is_asked = hasattr(self._draft, "ask")
         if policy.is_asked:
             self._draft.ask(policy.may_draft)
+        # Processors change a draft's logits between its tokens.
+        self._may_chain = hasattr(self._draft, "can_chain") and not self._processors and self._host_ids is not None
         self.wants_hidden = drafter.wants_hidden if drafter is not None else ()
         self._is_greedy = settings.temperature == 0
         self._temperature = torch.full((1,), settings.temperature, device=device)
@@ -210,7 +212,7 @@ class Run:
         to_draft, to_verify = self._numbers.of_step(self.length - self._prompt_length, gamma)
         if self._host_ids is None:
             to_draft, to_verify = (numbers.to(self.ids.device, non_blocking=True) for numbers in (to_draft, to_verify))
-        tokens, logits, signals = self._draft_tokens(gamma, to_draft)
+        tokens, logits, signals = self._chained(gamma, to_draft) or self._draft_tokens(gamma, to_draft)
         gamma = tokens.shape[1]
         promise = self._policy.promise(gamma) if gamma else None
         return Draft(tokens, logits, signals, promise, to_verify[:, :gamma + 1], (time.perf_counter() - started) * 1e3)
@@ -230,6 +232,19 @@ class Run:
         if not emitted:
             raise NumericalError("verify_chain: row 0: the logits are not a distribution (NaN, +inf, or all -inf)")
         return emitted
+
+    def _chained(self, gamma, uniform):
+        """As _draft_tokens, all in one call; None where the drafter or the policy goes token by token."""
+        if gamma == 0 or not self._may_chain or not self._draft.can_chain(self.ids[:, :self.length]):
+            return None
+        rule = self._policy.stop_rule(gamma)
+        if rule is None:
+            return None
+        chain = self._draft.draft_chain(self.ids, self.length, uniform, self._temperature, self._filters, rule)
+        self._policy.drafted(chain)
+        tokens = self.ids[:, self.length:self.length + len(chain.signals)]
+        logits = None if self._is_greedy else self._widened(chain.logits, chain.token_ids).unsqueeze(0)
+        return tokens, logits, chain.signals
 
     def _draft_tokens(self, gamma, uniform):
         """Draw up to gamma tokens into ids; returns them [1, n], their logits [1, n, V] or None, and their signals."""
@@ -264,10 +279,10 @@ class Run:
         return row, token_ids
 
     def _widened(self, row, token_ids):
-        """Logits [1, S] of some tokens as those [1, V] of all."""
+        """Logits [n, S] of some tokens as those [n, V] of all."""
         if token_ids is None:
             return row
-        return row.new_full((1, self._vocabulary), float("-inf")).index_copy_(1, token_ids, row)
+        return row.new_full((len(row), self._vocabulary), float("-inf")).index_copy_(1, token_ids, row)
 
     def _place(self, position, token, token_ids):
         """Put a token that was drawn into ids; returns it [1], or None on a CPU, where it is read from there."""
@@ -312,7 +327,7 @@ class Run:
 
     def _named(self, error):
         """An op's complaint about logits with the step it came in; anything else as it is."""
-        ops = r"(draft_sample|draft_step|verify_chain): row \d+"
+        ops = r"(draft_sample|draft_step|draft_chain|verify_chain): row \d+"
         if isinstance(error, NumericalError) or re.match(ops, str(error)):
             return NumericalError(f"step {len(self._steps)}: {error}")
         return error

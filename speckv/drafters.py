@@ -47,6 +47,12 @@ class DraftSession(Protocol):
     first step, where next_logits(ids) would be asked and its answer not used. signals() gives (entropy in bits,
     confidence) of the last proposal, where its logits do not tell how sure it is, or None where they do. ask(may_draft)
     is given the policy's PolicySession.may_draft, for a drafter with two ways to draft.
+
+    Two are for one that makes a whole draft in a call, greedy or sampled, where the policy has a StopRule and nothing
+    changes its logits. can_chain(ids) says whether it will behind ids [1, n], all of which stand.
+    draft_chain(ids, end, uniform, temperature, filters, rule) drafts behind the first `end` tokens of ids [1, room] i64
+    as the rule says, writes the tokens into ids, and returns a speckv.stopping.Chain; uniform
+    [1, rule.longest or more] f32 are the numbers to draw with, temperature and filters those of PolicySession.draft.
     """
 
     def next_logits(self, ids):

@@ -179,17 +179,37 @@ class _HeadSession:
     def next_logits(self, ids):
         """Logits [1, S] of the token after ids [1, n], of the tokens that the head can draft."""
         end = ids.shape[1]
+        start = self._begin(end, end)
+        goes_on = self._observed < start == self._continued
+        logits = self._reader.read(ids[:, start:], start, self._brought, *self._take_in(), goes_on)
+        self._read(end, end)
+        return OfSome(logits, self._token_ids)
+
+    def can_chain(self, ids) -> bool:
+        """Whether draft_chain can make the draft: where the engine reads the head."""
+        return hasattr(self._reader, "draft_chain")
+
+    def draft_chain(self, ids, end, *how):
+        """See speckv.drafters.DraftSession."""
+        longest = how[-1].longest
+        start = self._begin(end, end + longest - 1)
+        chain = self._reader.draft_chain(ids, start, end, self._brought, *self._take_in(), *how)
+        self._read(end, end + len(chain.signals) - 1)
+        return chain
+
+    def _begin(self, end, last):
+        """From which position on a text of `end` tokens is to be read, when no more than `last` will be."""
         if end - self._length > WINDOW:
             self._first = self._length = end - WINDOW
             self._reader.rollback(0)
-        start = self._length
-        self._room(max(end, self._observed))
-        goes_on = self._observed < start == self._continued
-        logits = self._reader.read(ids[:, start:], start, self._brought, *self._take_in(), goes_on)
-        self._length = self._continued = end
+        self._room(max(last, self._observed))
+        return self._length
+
+    def _read(self, end, last):
+        """So many tokens were read, those behind `end` in a draft."""
+        self._length = self._continued = last
         if end <= self._observed + 1:
             self._exact = end
-        return OfSome(logits, self._token_ids)
 
     def rollback(self, length: int) -> None:
         """Forget what lies behind `length`, and what was computed from guessed features."""

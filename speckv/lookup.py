@@ -228,17 +228,33 @@ class _LookupFirstSession:
 
     def next_logits(self, ids):
         """What the step's source proposes; the model, where it was not asked, catches up on what it has missed."""
+        self._choose(ids)
         if self._source is None:
-            # Of the text and of past outcomes only, as the choice of what to draft must be.
-            promise = self._lookup.promise(ids) if self._may_draft(True) else 0.0
-            can_model = self._may_draft(False)
-            if not can_model and promise == 0:
-                return None
-            self._source = self._model if can_model and promise < self._acceptance.value else self._lookup
-            self._start = ids.shape[1]
+            return None
         logits = self._source.next_logits(ids)
         self._drafted += logits is not None
         return logits
+
+    def can_chain(self, ids):
+        """Whether the model drafts the step, and all of it in one call."""
+        self._choose(ids)
+        return self._source is self._model and hasattr(self._model, "can_chain") and self._model.can_chain(ids)
+
+    def draft_chain(self, *arguments):
+        chain = self._model.draft_chain(*arguments)
+        self._drafted += len(chain.signals)
+        return chain
+
+    def _choose(self, ids):
+        """The step's source, where it has none."""
+        if self._source is not None:
+            return
+        # Of the text and of past outcomes only, as the choice of what to draft must be.
+        promise = self._lookup.promise(ids) if self._may_draft(True) else 0.0
+        can_model = self._may_draft(False)
+        if can_model or promise > 0:
+            self._source = self._model if can_model and promise < self._acceptance.value else self._lookup
+            self._start = ids.shape[1]
 
     def signals(self):
         return self._source.signals() if hasattr(self._source, "signals") else None

@@ -7,6 +7,7 @@ from speckv.errors import InputError
 from speckv.kernels import draft_sample
 from speckv.records import StepRecord
 from speckv.signals import Signal, read_signals
+from speckv.stopping import Chain, StopRule
 
 
 class Policy(Protocol):
@@ -49,6 +50,13 @@ class PolicySession:
         token, signal = sample(logits, temperature, uniform, own, **filters)
         return token, signal, True
 
+    def stop_rule(self, most: int) -> StopRule | None:
+        """When the draft of a model that is about to be made, of at most so many tokens, ends, for a drafter that makes
+        it in one call; None to be asked token by token, with draft()."""
+
+    def drafted(self, chain: Chain) -> None:
+        """What became of the draft that stop_rule was asked for."""
+
     def promise(self, gamma: int) -> float | None:
         """How many of the draft just made, of gamma tokens, the policy expects to be accepted; None if it does not say.
         """
@@ -58,7 +66,7 @@ class PolicySession:
 
 
 class StoppingSession(PolicySession):
-    """A session that looks at the signals of each draft token before it asks for another."""
+    """A session that looks at the signals of each draft token before it asks for another: override goes_on."""
 
     def goes_on(self, drafted: int, signal: Signal) -> bool:
         """Whether to draft another token after `drafted` of them, the last with this signal."""
@@ -68,6 +76,23 @@ class StoppingSession(PolicySession):
         token, signal = sample(logits, temperature, uniform, own, **filters)
         (signal,) = read_signals([signal])
         return token, signal, self.goes_on(drafted + 1, signal)
+
+
+class LimitedSession(StoppingSession):
+    """One whose rule is a few limits: override limits."""
+
+    _survival = 1.0
+
+    def limits(self) -> dict:
+        """Those of StopRule that hold for the next token."""
+        raise NotImplementedError
+
+    def stop_rule(self, most):
+        return StopRule(most, **self.limits())
+
+    def goes_on(self, drafted, signal):
+        self._survival = signal.confidence * (1.0 if drafted == 1 else self._survival)
+        return self.stop_rule(self.max_draft()).keeps_limits(signal, self._survival)
 
 
 def sample(logits, temperature, uniform, own, **filters):
@@ -98,7 +123,14 @@ class Fixed:
         return _FixedSession(self)
 
 
-class _FixedSession(PolicySession):
+class CountingSession(PolicySession):
+    """A session that settles before the draft how many tokens it has."""
+
+    def stop_rule(self, most):
+        return StopRule(most)
+
+
+class _FixedSession(CountingSession):
     def __init__(self, policy):
         self.name = policy.name
         self._gamma = policy.gamma

@@ -7,6 +7,7 @@ one, so the parts add up to the wall time, the rest being what nothing wrapped d
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 
 from rich.table import Table
 
@@ -18,15 +19,18 @@ from speckv.records import SpecOutput
 
 PROMPT, TARGET, DRAFT = "prompt", "target forward", "draft forward"
 POLICY, ROLLBACK, REST = "policy", "cache rollback", "rest"
+CHAIN = "draft_chain"  # what is not the drafter's forward in it
 OPS = ("draft_step", "draft_sample", "plan_gamma", "verify_chain")
 FORWARDS = (PROMPT, TARGET, DRAFT)
-PARTS = (*FORWARDS, *OPS, POLICY, ROLLBACK, REST)
+PARTS = (*FORWARDS, CHAIN, *OPS, POLICY, ROLLBACK, REST)
 _OP_CALLERS = (("verify_chain", decode), ("draft_sample", policy), ("draft_sample", randomness),
                ("draft_step", adaptive), ("plan_gamma", controller))
 _TARGET_METHODS = {"read": TARGET, "rollback": ROLLBACK}
 # A drafter's rollback and what it makes of the hidden states it is shown are part of what a draft costs.
-_DRAFT_METHODS = dict.fromkeys(("prefill", "next_logits", "signals", "observe", "rollback"), DRAFT)
-_POLICY_METHODS = dict.fromkeys(("max_draft", "will_draft", "may_draft", "draft", "promise", "record"), POLICY)
+_DRAFT_METHODS = dict.fromkeys(
+    ("prefill", "next_logits", "can_chain", "draft_chain", "signals", "observe", "rollback"), DRAFT)
+_POLICY_METHODS = dict.fromkeys(
+    ("max_draft", "will_draft", "may_draft", "stop_rule", "draft", "drafted", "promise", "record"), POLICY)
 
 
 @dataclass(frozen=True)
@@ -76,21 +80,32 @@ class _Timers:
         """Time an object's methods on the object itself, which lives no longer than the run."""
         for name, part in methods.items():
             if hasattr(thing, name):
-                setattr(thing, name, self.timed(getattr(thing, name), part))
+                method = getattr(thing, name)
+                setattr(thing, name, self.timed(self._parted(method) if name == CHAIN else method, part))
         return thing
+
+    def _parted(self, draft_chain):
+        """The call with what it says of its own time counted for CHAIN."""
+        def call(*args):
+            chain = draft_chain(*args)
+            self.seconds[CHAIN] += chain.seconds
+            self.calls[CHAIN] += 1
+            self._inside[-1] += chain.seconds
+            return chain
+        return call
 
 
 class _Opened:
     """A drafter or a policy whose sessions are timed."""
 
     def __init__(self, opened, timers, methods):
-        self._opened, self._timers, self._methods = opened, timers, methods
+        @wraps(opened.open)  # whoever opens it looks at what it takes
+        def open_timed(*args, **kwargs):
+            return timers.time_methods(opened.open(*args, **kwargs), methods)
+        self._opened, self.open = opened, open_timed
 
     def __getattr__(self, name):
         return getattr(self._opened, name)
-
-    def open(self, *args):
-        return self._timers.time_methods(self._opened.open(*args), self._methods)
 
 
 def profile(target, drafter, input_ids, policy="adaptive", **settings) -> Profile:

@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_refused():
             ({"start": -1}, "a row for every position"), ({"start": 5}, "a row for every position"),
             ({"start": 2**62}, "a row for every position"), ({"first": -1}, "a row for every position"),
             ({"first": 4, "states": torch.zeros(3, 96)}, "a row for every position"),
-            ({"goes_on": True}, "a row for every position"), ({"brought": brought.T.contiguous().T}, "contiguous"),
+            ({"goes_on": True}, "nothing is before"), ({"brought": brought.T.contiguous().T}, "contiguous"),
             ({"state": torch.zeros(64)[::2]}, "contiguous"), ({"brought": brought.double()}, "float32"),
             ({"states": torch.zeros(1, 95)}, "size 96"), ({"keys": keys[:, :1]}, "size 2")):
         with pytest.raises(RuntimeError, match=words):

@@ -1,0 +1,56 @@
+"""When a draft ends, in numbers: a rule that both the loop, token by token, and the engine, in one call, can follow."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+
+class Worth(NamedTuple):
+    """The rule of speckv.adaptive in numbers: go on while one more token, or a few, are worth their time.
+
+    signals [1, F] f32 are those of speckv.draft_state, what is known before the draft in them; the draft brings them up
+    to date. weights are the controller's four tensors. pass_ms [n] f64 is what a pass of the target takes over 1, 2, …
+    positions, draft_ms what one more draft token does; rate the run's tokens per second, which counts as rate / scale
+    for the controller; stands how often one more token stands where all before it do. The controller has seen drafts
+    of up to most_counted tokens, and the rule looks so many ahead.
+    """
+
+    signals: torch.Tensor
+    weights: tuple
+    pass_ms: torch.Tensor
+    draft_ms: float
+    rate: float
+    scale: float
+    stands: float
+    most_counted: int
+    look_ahead: int
+
+
+class StopRule(NamedTuple):
+    """Go on after a draft token while its confidence, its entropy in bits, and the survival of the draft so far (the
+    product of its confidences) keep these limits, and one more is worth its time where `worth` is given. A draft has at
+    most `longest` tokens."""
+
+    longest: int
+    least_confidence: float = 0.0
+    most_entropy: float = math.inf
+    least_survival: float = 0.0
+    worth: Worth | None = None
+
+    def keeps_limits(self, signal, survival) -> bool:
+        """Whether a token with this Signal, with which the draft survives with this probability, ends no draft."""
+        return (signal.confidence >= self.least_confidence and signal.entropy <= self.most_entropy
+                and survival >= self.least_survival)
+
+
+class Chain(NamedTuple):
+    """A draft made in one call: the logits [n, S] that its tokens were drawn from (none where greedy), of the tokens
+    with token_ids [S] i64; a Signal of each token drawn; the controller's acceptance of all of them (NaN without one);
+    and the seconds that went into drawing and deciding."""
+
+    logits: torch.Tensor
+    token_ids: torch.Tensor
+    signals: tuple
+    acceptance: float
+    seconds: float
