@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <optional>
+#include <tuple>
 
 #include "embedding.h"
 #include "registry.h"
@@ -129,20 +131,29 @@ std::vector<Span> spans_of(
     return spans;
 }
 
-// Reads ids [n], the next tokens of one sequence or several: counts[i] of them at the positions from starts[i] on.
-//
-// Returns the logits [sum of kept, V] of the last kept[i] tokens of each, and the hidden states [n, layers * hidden]
-// that `layers` numbers of layers made of all; those of -1, or of all layers, are the last ones, after the final norm.
-std::tuple<Tensor, Tensor> read_model(
-    int64_t decoder_number, int64_t head_number, Tensor embedding, Tensor ids, std::vector<Tensor> keys,
-    std::vector<Tensor> values, std::vector<int64_t> starts, std::vector<int64_t> counts, std::vector<int64_t> kept,
-    std::vector<int64_t> layers) {
-    const char* const op = "read_model";
-    const auto decoder = decoders().get(op, decoder_number);
-    const auto head = matrices().get(op, head_number);
+// What the ops that read a model are given: see read_model.
+struct ModelInputs {
+    int64_t decoder, head;
+    Tensor embedding, ids;
+    std::vector<Tensor> keys, values;
+    std::vector<int64_t> starts, counts, kept, layers;
+};
+
+// Reads tokens and returns their hidden states. place(rows, V) says where the logits of so many tokens go, and
+// after(team, rows, V) follows when they are there.
+template <class Place, class After>
+Tensor read_model_into(const char* op, const ModelInputs& given, const Place& place, const After& after) {
+    const auto decoder = decoders().get(op, given.decoder);
+    const auto head = matrices().get(op, given.head);
+    const auto& keys = given.keys;
+    const auto& values = given.values;
+    const auto& starts = given.starts;
+    const auto& counts = given.counts;
+    const auto& kept = given.kept;
+    const auto& layers = given.layers;
     const int64_t hidden = decoder->hidden, depth = static_cast<int64_t>(decoder->layers.size());
-    check_shape(op, "ids", ids, {kAnySize});
-    check_int64(op, "ids", ids);
+    check_shape(op, "ids", given.ids, {kAnySize});
+    check_int64(op, "ids", given.ids);
     if (head->columns != hidden) {
         refuse(op, "the head must take hidden states of ", hidden, ", not of ", head->columns);
     }
@@ -150,7 +161,7 @@ std::tuple<Tensor, Tensor> read_model(
         counts.size() != keys.size() || kept.size() != keys.size()) {
         refuse(op, "keys, values, starts, counts and kept must be as many as there are sequences, one or more");
     }
-    const int64_t count = ids.size(0);
+    const int64_t count = given.ids.size(0);
     const std::vector<Span> spans = spans_of(op, *decoder, count, keys, values, starts, counts);
     int64_t rows = 0;
     for (size_t i = 0; i < kept.size(); ++i) {
@@ -176,14 +187,13 @@ std::tuple<Tensor, Tensor> read_model(
     static thread_local Inputs inputs;
     residual.resize(count * hidden);
     last.resize(rows * hidden);
-    const Tensor whole_ids = as_contiguous(ids);
-    check_embedding(op, embedding, hidden, data<int64_t>(whole_ids), count);
-    embed(embedding, data<int64_t>(whole_ids), count, residual.data());
+    const Tensor whole_ids = as_contiguous(given.ids);
+    check_embedding(op, given.embedding, hidden, data<int64_t>(whole_ids), count);
+    embed(given.embedding, data<int64_t>(whole_ids), count, residual.data());
     const int64_t width = hidden * static_cast<int64_t>(layers.size());
     Tensor states = empty_float32<2>({count, width});
-    Tensor logits = empty_float32<2>({rows, head->rows});
     auto* const states_data = mutable_data<float>(states);
-    auto* const logits_data = mutable_data<float>(logits);
+    float* const logits = place(rows, head->rows);
     with_team(hidden * decoder->intermediate * depth, [&](Team& team) {
         read_tokens(*decoder, team, spans, residual.data(), wanted, states_data, width);
         const auto normalized = [&](int64_t token, float* out) {
@@ -204,10 +214,64 @@ std::tuple<Tensor, Tensor> read_model(
         if (rows > 0) {
             inputs.set(last.data(), rows, hidden);
             inputs.arrange_for(*head);
-            multiply(*head, team, inputs, logits_data);
+            multiply(*head, team, inputs, logits);
+            after(team, rows, head->rows);
         }
     });
-    return {logits, states};
+    return states;
+}
+
+// Reads ids [n], the next tokens of one sequence or several: counts[i] of them at the positions from starts[i] on.
+//
+// Returns the logits [sum of kept, V] of the last kept[i] tokens of each, and the hidden states [n, layers * hidden]
+// that `layers` numbers of layers made of all; those of -1, or of all layers, are the last ones, after the final norm.
+std::tuple<Tensor, Tensor> read_model(
+    int64_t decoder, int64_t head, Tensor embedding, Tensor ids, std::vector<Tensor> keys, std::vector<Tensor> values,
+    std::vector<int64_t> starts, std::vector<int64_t> counts, std::vector<int64_t> kept, std::vector<int64_t> layers) {
+    std::optional<Tensor> logits;
+    const Tensor states = read_model_into(
+        "read_model", {decoder, head, embedding, ids, keys, values, starts, counts, kept, layers},
+        [&](int64_t rows, int64_t vocabulary) {
+            logits = empty_float32<2>({rows, vocabulary});
+            return mutable_data<float>(*logits);
+        },
+        [](Team&, int64_t, int64_t) {});
+    return {*logits, states};
+}
+
+// As read_model, but of each token's logits only which is the largest, the first of equals; -1 where they are no
+// distribution. They are looked through while they lie in the caches, and in memory that every pass finds again.
+std::tuple<Tensor, Tensor> read_best(
+    int64_t decoder, int64_t head, Tensor embedding, Tensor ids, std::vector<Tensor> keys, std::vector<Tensor> values,
+    std::vector<int64_t> starts, std::vector<int64_t> counts, std::vector<int64_t> kept, std::vector<int64_t> layers) {
+    constexpr int64_t kPart = 8 * kBlockSize;
+    static thread_local Buffer<float> memory;
+    Buffer<float>& logits = memory;  // this thread's, whichever runs what follows
+    std::optional<Tensor> best;
+    std::vector<Largest> parts;
+    const Tensor states = read_model_into(
+        "read_best", {decoder, head, embedding, ids, keys, values, starts, counts, kept, layers},
+        [&](int64_t rows, int64_t vocabulary) {
+            best = empty_int64<1>({rows});
+            logits.resize(rows * vocabulary);
+            return logits.data();
+        },
+        [&](Team& team, int64_t rows, int64_t vocabulary) {
+            const int64_t in_row = (vocabulary + kPart - 1) / kPart;
+            parts.resize(rows * in_row);
+            const auto row_of = [&](int64_t row) {
+                return Row{logits.data() + row * vocabulary, Dtype::kFloat32, vocabulary};
+            };
+            team.run(rows * in_row, [&](int64_t part) {
+                const int64_t start = part % in_row * kPart;
+                parts[part] = largest_of(row_of(part / in_row), start, std::min(start + kPart, vocabulary));
+            });
+            for (int64_t row = 0; row < rows; ++row) {
+                mutable_data<int64_t>(*best)[row] =
+                    argmax_of_parts(row_of(row), parts.data() + row * in_row, in_row).token;
+            }
+        });
+    return {*best, states};
 }
 
 int64_t open_matrix(Tensor weight, Tensor scale, Tensor bias, Tensor table) {
@@ -246,6 +310,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(speckv, m) {
     m.def("close_decoder(int decoder) -> ()");
     m.def("read_model(int decoder, int head, Tensor embedding, Tensor ids, Tensor(a!)[] keys, Tensor(b!)[] values,"
           " int[] starts, int[] counts, int[] kept, int[] layers) -> (Tensor logits, Tensor states)");
+    m.def("read_best(int decoder, int head, Tensor embedding, Tensor ids, Tensor(a!)[] keys, Tensor(b!)[] values,"
+          " int[] starts, int[] counts, int[] kept, int[] layers) -> (Tensor best, Tensor states)");
     m.def("open_matrix(Tensor weight, Tensor scale, Tensor bias, Tensor table) -> int");
     m.def("close_matrix(int matrix) -> ()");
     m.def("multiply_matrix(int matrix, Tensor x) -> Tensor");
@@ -254,6 +320,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(speckv, m) {
 STABLE_TORCH_LIBRARY_IMPL(speckv, CPU, m) {
     m.impl("open_decoder", TORCH_BOX(&open_decoder));
     m.impl("read_model", TORCH_BOX(&read_model));
+    m.impl("read_best", TORCH_BOX(&read_best));
     m.impl("open_matrix", TORCH_BOX(&open_matrix));
     m.impl("multiply_matrix", TORCH_BOX(&multiply_matrix));
 }

@@ -29,13 +29,26 @@ struct Limits {
     double least_confidence, most_entropy, least_survival;
 };
 
+// What a pass of the target takes: StepCosts.verify_ms of speckv/cost.py, from its numbers [3, size].
+struct PassCosts {
+    const double *trials, *own, *rest;
+    int64_t size;
+
+    double ms(int64_t positions) const {
+        const int64_t n = std::min(positions, size - 1);
+        const double level = rest[0], height = rest[1], slope = rest[2], center = rest[3], line_trials = rest[4];
+        const double line = std::max(height + slope * (static_cast<double>(n) - center), 0.1 * height);
+        return level * (trials[n] > 0 ? (trials[n] * own[n] + line_trials * line) / (trials[n] + line_trials) : line);
+    }
+};
+
 // Whether one more token is worth its time: the rule of speckv/adaptive.py.
 struct Worth {
     Controller controller;   // gammas are 0, 1, ..., most_counted; of seconds there are 1 + look_ahead
     float* signals;          // [kSignals]
     float* seconds;
     float* acceptance;       // [1 + look_ahead]
-    const double* pass_ms;   // of a pass of the target over 1, 2, ... positions
+    PassCosts pass;
     double draft_ms, rate, stands;
     int64_t most_counted, look_ahead;
 
@@ -68,7 +81,7 @@ struct Worth {
 
     // What a step with gamma draft tokens takes longer by so many more.
     double more_ms(int64_t gamma, int64_t more) const {
-        return static_cast<double>(more) * draft_ms + std::max(0.0, pass_ms[gamma + more] - pass_ms[gamma]);
+        return static_cast<double>(more) * draft_ms + std::max(0.0, pass.ms(gamma + 1 + more) - pass.ms(gamma + 1));
     }
 
     // The controller's answer to a draft of gamma tokens.
@@ -98,8 +111,8 @@ void check_float64(const char* op, const char* name, const Tensor& tensor) {
 //
 // start, brought, state, states, first, keys, values and cached are as in read_head; the head reads what lies between
 // start and end first. uniform [1, most or more]; temperature and filters [1]. controller is empty where only the limits
-// end a draft; else it is signals [1, 10] f32, which are brought up to date, w1, b1, w2, b2, and pass_ms [most +
-// look_ahead + 1] f64.
+// end a draft; else it is signals [1, 10] f32, which are brought up to date, w1, b1, w2, b2, and the costs [3, 5 or more]
+// f64 of passes.
 //
 // Returns the logits [drafted, S] the tokens were drawn from, none where the temperature is 0, and a report [3 + 2 ·
 // drafted] f64: how many seconds passed in the head, how many outside, the controller's acceptance of the draft (NaN
@@ -148,14 +161,17 @@ std::tuple<Tensor, Tensor> draft_chain(
         if (controller.size() != 6) {
             refuse(op, "a controller is given as six tensors");
         }
-        const Tensor &signals = controller[0], &pass_ms = controller[5];
+        const Tensor &signals = controller[0], &costs = controller[5];
         check_controller(op, signals, controller[1], controller[2], controller[3], controller[4]);
         check_shape(op, "signals", signals, {1, kSignals});
-        check_float64(op, "pass_ms", pass_ms);
+        check_float64(op, "costs", costs);
         if (most_counted < 1 || look_ahead < 1 || look_ahead > most_counted) {
             refuse(op, "look_ahead must be in [1, most_counted]");
         }
-        check_shape(op, "pass_ms", pass_ms, {most + look_ahead + 1});
+        check_shape(op, "costs", costs, {3, kAnySize});
+        if (costs.size(1) < 5) {
+            refuse(op, "costs must have at least 5 columns");
+        }
         check_rate(op, rate / scale);
         for (const Tensor& tensor : controller) {
             if (!tensor.is_contiguous()) {
@@ -168,12 +184,14 @@ std::tuple<Tensor, Tensor> draft_chain(
         }
         scratch.resize(2 * (1 + look_ahead));
         float* const seconds = scratch.data();
+        const auto* const numbers = data<double>(costs);
+        const int64_t size = costs.size(1);
         worth = Worth{
             {data<float>(controller[1]), data<float>(controller[2]), data<float>(controller[3]),
              data<float>(controller[4]), gammas.data(), seconds, kSignals, controller[1].size(1), 1,
              static_cast<float>(rate / scale)},
-            mutable_data<float>(signals), seconds, seconds + 1 + look_ahead, data<double>(pass_ms), draft_ms, rate,
-            stands, most_counted, look_ahead};
+            mutable_data<float>(signals), seconds, seconds + 1 + look_ahead,
+            {numbers, numbers + size, numbers + 2 * size, size}, draft_ms, rate, stands, most_counted, look_ahead};
     }
 
     const int64_t width = head->output->rows;

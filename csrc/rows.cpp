@@ -10,24 +10,35 @@ int64_t find_maximum(const Row& row, int64_t start, float maximum) {
     return start + find_first(block.values, block.size, maximum);
 }
 
-Argmax argmax(const Row& row) {
+Largest largest_of(const Row& row, int64_t start, int64_t end) {
     BlockBuffer buffer;
-    float maximum = -kInfinity;
-    int64_t best_start = 0;
-    for (int64_t start = 0; start < row.size; start += kBlockSize) {
-        const auto [block, block_maximum] = load_block_and_largest(row, start, buffer.values);
-        if (has_nan(block.values, block.size)) {
+    const Row some{row.logits, row.dtype, end};
+    Largest found{false, -kInfinity, start};
+    for (; start < end; start += kBlockSize) {
+        const auto [block, maximum] = load_block_and_largest(some, start, buffer.values);
+        found.has_nan = found.has_nan || has_nan(block.values, block.size);
+        if (maximum > found.value) {
+            found.value = maximum;
+            found.start = start;
+        }
+    }
+    return found;
+}
+
+Argmax argmax_of_parts(const Row& row, const Largest* parts, int64_t count) {
+    const Largest* best = parts;
+    for (int64_t i = 0; i < count; ++i) {
+        if (parts[i].has_nan) {
             return {false, -1};
         }
-        if (block_maximum > maximum) {
-            maximum = block_maximum;
-            best_start = start;
-        }
+        best = parts[i].value > best->value ? parts + i : best;
     }
-    if (!std::isfinite(maximum)) {
-        return {false, -1};
-    }
-    return {true, find_maximum(row, best_start, maximum)};
+    return std::isfinite(best->value) ? Argmax{true, find_maximum(row, best->start, best->value)} : Argmax{false, -1};
+}
+
+Argmax argmax(const Row& row) {
+    const Largest whole = largest_of(row, 0, row.size);
+    return argmax_of_parts(row, &whole, 1);
 }
 
 Distribution distribution(const Row& row, float scale, std::vector<double>& masses) {

@@ -91,6 +91,17 @@ struct Argmax {
 };
 Argmax argmax(const Row& row);
 
+// The largest logit of some of a row, which starts at a block.
+struct Largest {
+    bool has_nan;
+    float value;    // -inf where there is nothing else
+    int64_t start;  // of the first block that holds it
+};
+Largest largest_of(const Row& row, int64_t start, int64_t end);
+
+// The argmax of a row from the largest logits of all its parts, in order.
+Argmax argmax_of_parts(const Row& row, const Largest* parts, int64_t count);
+
 // The index of the first element equal to the row's maximum, which lies in the block that starts at `start`.
 int64_t find_maximum(const Row& row, int64_t start, float maximum);
 

@@ -123,13 +123,10 @@ class _AdaptiveSession(PolicySession):
 
     def stop_rule(self, most):
         experience, source = self._experience, self._experience.sources[False]
-        costs = experience.costs
         source.begin()
         self._state.write(self._signals.numpy()[0], 0, None)
-        longest = min(most, max(source.cap, 1))
-        passes = [costs.verify_ms(n + 1) for n in range(longest + LOOK_AHEAD + 1)]
-        return StopRule(longest, worth=Worth(
-            self._signals, self._weights, torch.tensor(passes, dtype=torch.float64), costs.draft_ms(False, 1),
+        return StopRule(min(most, source.cap), worth=Worth(
+            self._signals, self._weights, experience.costs.numbers, experience.costs.draft_ms(False, 1),
             experience.rate, source.scale, NEXT_STANDS, LONGEST_COUNTED, LOOK_AHEAD))
 
     def drafted(self, chain):

@@ -70,8 +70,9 @@ def _read(runs, drafts):
     if all(isinstance(run.target, FastModel) for run in runs.values()):
         requests = [(run.target, *run.request(drafts[index])) for index, run in runs.items()]
         wanted = next(iter(runs.values())).wants_hidden  # of the one drafter that all share
+        best = all(run.takes_best for run in runs.values())
         try:
-            read = FastModel.read_together(requests, wanted)
+            read = FastModel.read_together(requests, wanted, best)
             return {index: (drafts[index], *some) for index, some in zip(runs, read, strict=True)}
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

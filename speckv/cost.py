@@ -3,6 +3,8 @@ context length has to be known in advance."""
 
 import math
 
+import torch
+
 MOST_POSITIONS = 32     # passes over more are counted as this many
 NEWEST_SHARE = 0.05     # of a new measurement, once there are many: what is 20 steps old counts a third
 LARGEST_JUMP = 1.5      # a measurement counts as at most so many times the estimate: another process was busy
@@ -60,6 +62,11 @@ class _Line:
         rise = self._products - self._center * self._value
         self._slope = (rise + GROWTH_TRIALS * USUAL_GROWTH * self._height) / (spread + GROWTH_TRIALS)
 
+    @property
+    def numbers(self) -> tuple:
+        """Height, slope and center, of which `at` makes what it returns."""
+        return self._height, self._slope, self._center
+
     def at(self, n) -> float:
         return max(self._height + self._slope * (n - self._center), 0.1 * self._height)
 
@@ -82,6 +89,11 @@ class StepCosts:
         self._first = _Estimate()   # of a draft, by a model, which reads what the target added to the last one
         self._next = _Estimate()    # each one after that
         self._line = _Line()
+        #: What verify_ms makes its answers of, kept up to date: [3, MOST_POSITIONS + 1] f64 of which the first two rows
+        #: are trials and the milliseconds of each length, where the level is 1; the third is the level, the line's
+        #: height, slope and center, and LINE_TRIALS. See csrc/draft_chain.cpp.
+        self.numbers = torch.zeros(3, MOST_POSITIONS + 1, dtype=torch.float64)
+        self._table = self.numbers.numpy()
 
     @property
     def is_empty(self) -> bool:
@@ -106,7 +118,11 @@ class StepCosts:
         else:
             weight, value = min(estimate.count, TRUSTED), estimate.value
         estimate.add(verify_ms)
-        self._line.change(positions, weight, value, min(estimate.count, TRUSTED), estimate.value)
+        trials = min(estimate.count, TRUSTED)
+        self._line.change(positions, weight, value, trials, estimate.value)
+        table = self._table
+        table[0, positions], table[1, positions] = trials, estimate.value
+        table[2, :5] = (self._level, *self._line.numbers, LINE_TRIALS)
         copied = _copied(step)
         modelled = step.gamma - copied
         if modelled and (is_warm or not self._first.count):

@@ -20,6 +20,8 @@ from speckv.randomness import random_numbers, verify_coupled
 from speckv.records import SpecOutput, StepRecord
 from speckv.signals import read_signals
 
+NO_DISTRIBUTION = "verify_chain: row 0: the logits are not a distribution (NaN, +inf, or all -inf)"
+
 
 def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128, policy="adaptive", temperature=0.0,
              seed=None, eos_token_id=None, on_step=None, top_k=0, top_p=1.0, min_p=0.0, fast=False,
@@ -52,10 +54,10 @@ def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128
     run = open_run(target, drafter, input_ids, attention_mask, max_new_tokens, policy, temperature, seed, eos_token_id,
                    top_k, top_p, min_p, fast, logits_processor, stopping_criteria)
     run.prefill()
+    if on_step is None:
+        run.finish()
     while not run.finished:
-        tokens, record = run.step()
-        if on_step is not None:
-            on_step(tokens, record)
+        on_step(*run.step())
     return run.output()
 
 
@@ -116,6 +118,8 @@ class Run:
         self._filters = {name: torch.tensor([value], device=device) for name, value in settings.filters.items()}
         self._numbers = random_numbers(settings)
         self._longest_draft = settings.max_new_tokens
+        self.takes_best = self._is_greedy and not self._processors and hasattr(self.target, "read_best")
+        self._read = self.target.read_best if self.takes_best else self.target.read
 
     @torch.inference_mode()
     def prefill(self):
@@ -137,21 +141,30 @@ class Run:
     @torch.inference_mode()
     def step(self):
         """Draft, verify, commit; returns the new token ids and the step's record."""
+        return self._step()
+
+    @torch.inference_mode()
+    def finish(self):
+        """All steps that are left; entering inference mode for each would take as long as all bookkeeping of one."""
+        while not self.finished:
+            self._step()
+
+    def _step(self):
         draft = self.draft()
         started = time.perf_counter()
-        draft, logits, hidden = self.read(draft)
-        return self.commit(draft, logits, hidden, (time.perf_counter() - started) * 1e3)
+        draft, read, hidden = self.read(draft)
+        return self.commit(draft, read, hidden, (time.perf_counter() - started) * 1e3)
 
     def read(self, draft):
-        """The draft, the target's logits [1, n + 1, V] after the last token that stands and after each of the draft,
-        and the hidden states that the drafter wants.
+        """The draft, the target's logits [1, n + 1, V] after the last token that stands and after each of the draft, or
+        where takes_best a list of the n + 1 most probable tokens, and the hidden states that the drafter wants.
 
         Where memory does not suffice, the draft is cut in half, and none of this text is longer from then on. That
         depends on how many tokens there are and not on what they are, so the output stays the target's.
         """
         while True:
             try:
-                return draft, *self.target.read(*self.request(draft), self.wants_hidden)
+                return draft, *self._read(*self.request(draft), self.wants_hidden)
             except (RuntimeError, MemoryError) as error:
                 if draft.tokens.shape[1] == 0 or not is_out_of_memory(error) or not self.target.restore():
                     raise
@@ -178,13 +191,13 @@ class Run:
         except RuntimeError as error:
             raise self._named(error) from error
 
-    def commit(self, draft, target_logits, hidden, read_ms):
-        """Verify a draft by what the target made of it in so many milliseconds; returns the new token ids and the
-        step's record."""
+    def commit(self, draft, read, hidden, read_ms):
+        """Verify a draft by what `read` returned of the target's in so many milliseconds; returns the new token ids and
+        the step's record."""
         started = time.perf_counter()
         self._observe(hidden, self.length - 1)
         try:
-            emitted = self._verified(draft, target_logits)
+            emitted = self._agreed(draft, read) if isinstance(read, list) else self._verified(draft, read)
         except RuntimeError as error:
             raise self._named(error) from error
         emitted, accepted = self._keep(emitted)
@@ -217,6 +230,14 @@ class Run:
         promise = self._policy.promise(gamma) if gamma else None
         return Draft(tokens, logits, signals, promise, to_verify[:, :gamma + 1], (time.perf_counter() - started) * 1e3)
 
+    def _agreed(self, draft, best):
+        """As _verified, of a greedy text from the target's most probable tokens: verify_chain would find them first."""
+        for count, (token, drafted) in enumerate(zip(best, [*draft.tokens[0].tolist(), None], strict=True), 1):
+            if token < 0:
+                raise NumericalError(NO_DISTRIBUTION)
+            if token != drafted:
+                return best[:count]
+
     def _verified(self, draft, target_logits):
         """The tokens that the step emits: those of the draft that are accepted, and one of the target's own."""
         if self._processors:
@@ -230,7 +251,7 @@ class Run:
                                   self._temperature, draft.uniform, **self._filters)[0][0].tolist()
         emitted = [token for token in tokens if token >= 0]
         if not emitted:
-            raise NumericalError("verify_chain: row 0: the logits are not a distribution (NaN, +inf, or all -inf)")
+            raise NumericalError(NO_DISTRIBUTION)
         return emitted
 
     def _chained(self, gamma, uniform):

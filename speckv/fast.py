@@ -50,17 +50,25 @@ class FastTarget:
         so many layers made of all (0: the embeddings; -1: the last, after the final norm). What a sequence gets does
         not depend on the others, to the last bit.
         """
+        return self._read(torch.ops.speckv.read_model.default, parts, layers)
+
+    def read_best(self, parts, layers=()):
+        """As `read`, but in the place of logits the most probable token [sum of keep] i64 at each, the first of equals,
+        or -1 where the logits are no distribution."""
+        return self._read(torch.ops.speckv.read_best.default, parts, layers)
+
+    def _read(self, op, parts, layers):
         sessions, ids, kept = zip(*parts, strict=True)
         counts = [len(some) for some in ids]
         for session, count in zip(sessions, counts, strict=True):
             session.make_room(count)
-        logits, states = torch.ops.speckv.read_model(
+        read, states = op(
             self.stack.number, self.head.number, self._embedding, ids[0] if len(ids) == 1 else torch.cat(ids),
             [session.keys for session in sessions], [session.values for session in sessions],
             [session.length for session in sessions], counts, kept, layers)
         for session, count in zip(sessions, counts, strict=True):
             session.length += count
-        return logits, states
+        return read, states
 
 
 class FastModel:
@@ -88,6 +96,15 @@ class FastModel:
             logits, states = self._read_in_parts(new[0], keep, layers)
         return logits.unsqueeze(0), states.unsqueeze(0) if layers else None
 
+    def read_best(self, ids, keep: int, layers: tuple = ()):
+        """As `read`, but with a list of the most probable tokens, see FastTarget.read_best; still logits where the ids
+        are those of a whole prompt."""
+        new = ids[0, self.length:]
+        if self.length == 0 or len(new) > MOST_ROWS:
+            return self.read(ids, keep, layers)
+        best, states = self._target.read_best([(self._session, new, keep)], layers)
+        return best.tolist(), states.unsqueeze(0) if layers else None
+
     def _read_in_parts(self, ids, keep, layers):
         left, parts = len(ids), []
         for part in ids.split(MOST_ROWS):
@@ -96,24 +113,25 @@ class FastModel:
         return tuple(torch.cat(some) for some in zip(*parts, strict=True))
 
     @classmethod
-    def read_together(cls, requests, layers: tuple = ()):
+    def read_together(cls, requests, layers: tuple = (), best: bool = False):
         """Read several sequences of one target in as few passes as their tokens need.
 
-        requests are (FastModel, ids, keep); returns what `read` returns for each, to the last bit.
+        requests are (FastModel, ids, keep); returns what `read`, or `read_best`, returns for each, to the last bit.
         """
         results = []
         for group in _groups(requests):
             if len(group) == 1:
                 (model, ids, keep), = group
-                results.append(model.read(ids, keep, layers))
+                results.append((model.read_best if best else model.read)(ids, keep, layers))
                 continue
             new = [ids[0, model.length:] for model, ids, _ in group]
-            kept = [keep for _, _, keep in group]
-            logits, states = group[0][0]._target.read(
+            target = group[0][0]._target
+            read, states = (target.read_best if best else target.read)(
                 [(model._session, some, keep) for (model, _, keep), some in zip(group, new, strict=True)], layers)
+            parts = read.split([keep for _, _, keep in group])
             states = states.split([len(some) for some in new]) if layers else [None] * len(group)
-            results += [(mine.unsqueeze(0), None if own is None else own.unsqueeze(0))
-                        for mine, own in zip(logits.split(kept), states, strict=True)]
+            results += [(mine.tolist() if best else mine.unsqueeze(0), None if own is None else own.unsqueeze(0))
+                        for mine, own in zip(parts, states, strict=True)]
         return results
 
     def _read_prompt(self, ids, keep, layers):

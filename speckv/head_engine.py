@@ -56,7 +56,7 @@ class _Reader:
         session.make_room(end - start + rule.longest - 1)
         controller, numbers = [], (0.0, 1.0, 1.0, 0.0, 1, 1)
         if worth is not None:
-            controller = [worth.signals, *worth.weights, worth.pass_ms]
+            controller = [worth.signals, *worth.weights, worth.costs]
             numbers = worth[worth._fields.index("draft_ms"):]
         logits, report = torch.ops.speckv.draft_chain(
             self._engine.number, ids, start, end, rule.longest, brought, self._state,

@@ -25,7 +25,7 @@ FORWARDS = (PROMPT, TARGET, DRAFT)
 PARTS = (*FORWARDS, CHAIN, *OPS, POLICY, ROLLBACK, REST)
 _OP_CALLERS = (("verify_chain", decode), ("draft_sample", policy), ("draft_sample", randomness),
                ("draft_step", adaptive), ("plan_gamma", controller))
-_TARGET_METHODS = {"read": TARGET, "rollback": ROLLBACK}
+_TARGET_METHODS = {"read": TARGET, "read_best": TARGET, "rollback": ROLLBACK}
 # A drafter's rollback and what it makes of the hidden states it is shown are part of what a draft costs.
 _DRAFT_METHODS = dict.fromkeys(
     ("prefill", "next_logits", "can_chain", "draft_chain", "signals", "observe", "rollback"), DRAFT)

@@ -18,7 +18,7 @@ class Worth(NamedTuple):
 
     signals: torch.Tensor
     weights: tuple
-    pass_ms: torch.Tensor
+    costs: torch.Tensor
     draft_ms: float
     rate: float
     scale: float

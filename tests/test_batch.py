@@ -61,12 +61,12 @@ def test_in_bf16_too_the_others_do_not_change_a_text(policy):
 @needs_engine
 def test_all_texts_are_read_in_one_pass(monkeypatch):
     target, widths = tiny_model(), []
-    read = FastTarget.read
+    read = FastTarget._read
 
-    def counted(self, parts, layers=()):
+    def counted(self, op, parts, layers):
         widths.append(len(parts))
-        return read(self, parts, layers)
-    monkeypatch.setattr(FastTarget, "read", counted)
+        return read(self, op, parts, layers)
+    monkeypatch.setattr(FastTarget, "_read", counted)
     requests = [{"input_ids": prompt_ids(1), "max_new_tokens": count} for count in (2, 4, 6)]
     speckv.generate_batch(target, None, requests, policy="off", fast=True, eos_token_id=[])
     assert widths == [3, 3, 2, 2, 1, 1], "a text that has ended is read no more"

@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_refused():
     session.observe(torch.randn(1, 4, 96), 0)
     reader, room = session._reader, torch.cat([prompt_ids(4), torch.zeros(1, 4, dtype=torch.int64)], dim=1)
     weights = Adaptive().controller.tensors().values()
-    controller = [torch.zeros(1, 10), *weights, torch.ones(6, dtype=torch.float64)]
+    controller = [torch.zeros(1, 10), *weights, torch.ones(3, 33, dtype=torch.float64)]
     fine = {
         "head": reader._engine.number, "ids": room, "start": 0, "end": 4, "most": 3, "brought": torch.zeros(8, 32),
         "state": torch.zeros(32), "states": torch.zeros(4, 96), "first": 0, "keys": torch.zeros(1, 2, 8, 8),
@@ -148,7 +148,8 @@ def test_what_does_not_fit_is_refused():
             ({"uniform": torch.rand(1, 2)}, "a number for each"), ({"uniform": torch.ones(1, 3)}, "uniform"),
             ({"top_k": torch.tensor([-1])}, "top_k"), ({"top_p": torch.ones(2)}, "size 1"),
             ({"controller": controller[:5]}, "six tensors"), (controlled(0, torch.zeros(1, 9)), "w1"),
-            (controlled(5, torch.ones(5, dtype=torch.float64)), "size 6"), (controlled(5, torch.ones(6)), "float64"),
+            (controlled(5, torch.ones(3, 4).double()), "at least 5"), (controlled(5, torch.ones(3, 33)), "float64"),
+            (controlled(5, torch.ones(2, 33).double()), "size 3"),
             (controlled(4, torch.full((1,), float("nan"))), "not finite"), ({"rate": -1.0}, "rate"),
             ({"scale": 0.0}, "rate"), ({"look_ahead": 0}, "look_ahead"), ({"look_ahead": 9}, "look_ahead"),
             ({"most_counted": 0}, "look_ahead")):

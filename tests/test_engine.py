@@ -14,7 +14,7 @@ from tiny_models import VOCABULARY, noisy_copy, prompt_ids, tiny_model
 from torch import nn
 
 import speckv
-from speckv import ModelError
+from speckv import ModelError, NumericalError
 from speckv.cache import CachedModel
 from speckv.engine import MOST_ROWS, ROOM, HeldMatrix, embedding_weight, why_not
 from speckv.fast import FastModel, FastTarget
@@ -90,6 +90,43 @@ def test_sequences_read_together_have_the_bits_of_each_alone(family, dtype, laye
             each.rollback(each.length - 1)
         assert [each.length for each in together] == [each.length for each in alone] == [end - 1 for end in ends]
         ends = [end - 1 for end in ends]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_best_tokens_are_those_of_the_logits_the_first_of_equals(dtype):
+    half = 10_000
+    model = tiny_model("llama", vocab_size=2 * half, tie_word_embeddings=False).to(dtype)
+    model.lm_head.weight[half:] = model.lm_head.weight[:half]  # every token has an equal
+    ids = [long_prompt(length + 9) for length in (20, 3, 33)]
+    fast = [FastTarget.of(model).open() for _ in ids]
+    lengths = [each.shape[1] - 9 for each in ids]
+
+    def requests():
+        for each, length in zip(fast, lengths, strict=True):
+            each.rollback(length)
+        return [(each, some[:, :length + keep], keep)
+                for each, some, length, keep in zip(fast, ids, lengths, (4, 1, 9), strict=True)]
+    for each, some, length in zip(fast, ids, lengths, strict=True):
+        each.read(some[:, :length], 1)
+    expected = FastModel.read_together(requests(), (2, -1))
+    together = FastModel.read_together(requests(), (2, -1), best=True)
+    alone = [each.read_best(some, keep, (2, -1)) for each, some, keep in requests()]
+    for (logits, states), *both in zip(expected, together, alone, strict=True):
+        for best, hidden in both:
+            assert best == logits[0].argmax(dim=-1).tolist() and max(best) < half
+            assert torch.equal(hidden, states)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_target_without_a_distribution_is_named_with_its_step(value):
+    target = tiny_model("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        target.lm_head.weight[50] = float(value)
+    for policy in ("off", "fixed:2"):
+        with pytest.raises(NumericalError, match="step 0: verify_chain: row 0: the logits are not"):
+            speckv.generate(target, noisy_copy(tiny_model("llama")), prompt_ids(), policy=policy, max_new_tokens=9,
+                            fast=True)
 
 
 @torch.inference_mode()

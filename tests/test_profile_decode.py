@@ -41,8 +41,11 @@ def test_parts_make_up_the_wall_time_and_the_text_is_the_same(pair, name, sampli
     if "seed" in sampling:
         assert profiled.calls["verify_chain"] == 0 and drawn >= profiled.output.drafted + by_target
     else:
-        assert profiled.calls["verify_chain"] == steps and drawn == profiled.output.drafted
-    assert profiled.seconds[DRAFT] > 0 and sum(profiled.seconds[op] for op in OPS) > 0
+        # A greedy text is verified by what the engine's passes say is best.
+        assert profiled.calls["verify_chain"] == (0 if fast and not sampling else steps)
+        assert drawn == profiled.output.drafted
+    assert profiled.seconds[DRAFT] > 0
+    assert all((profiled.seconds[op] > 0) == (profiled.calls[op] > 0) for op in OPS)
     assert profiled.calls[PROMPT] == 1 and profiled.calls[POLICY] >= 2 * steps
     assert 0 < profiled.share_outside_forwards < 1
 
