@@ -16,103 +16,25 @@
 #include "draft_head.h"
 #include "draft_sample.h"
 #include "embedding.h"
-#include "plan_gamma.h"
+#include "worth.h"
 
 namespace speckv {
 namespace {
-
-// Where the adaptive controller's signals that change within a draft lie: speckv/draft_state.py.
-constexpr int64_t kDrafted = 5, kSurvival = 8, kSignals = 10;
 
 // A draft goes on while a token is at least so sure, and all up to it together.
 struct Limits {
     double least_confidence, most_entropy, least_survival;
 };
 
-// What a pass of the target takes: StepCosts.verify_ms of speckv/cost.py, from its numbers [3, size].
-struct PassCosts {
-    const double *trials, *own, *rest;
-    int64_t size;
-
-    double ms(int64_t positions) const {
-        const int64_t n = std::min(positions, size - 1);
-        const double level = rest[0], height = rest[1], slope = rest[2], center = rest[3], line_trials = rest[4];
-        const double line = std::max(height + slope * (static_cast<double>(n) - center), 0.1 * height);
-        return level * (trials[n] > 0 ? (trials[n] * own[n] + line_trials * line) / (trials[n] + line_trials) : line);
-    }
-};
-
-// Whether one more token is worth its time: the rule of speckv/adaptive.py.
-struct Worth {
-    Controller controller;   // gammas are 0, 1, ..., most_counted; of seconds there are 1 + look_ahead
-    float* signals;          // [kSignals]
-    float* seconds;
-    float* acceptance;       // [1 + look_ahead]
-    PassCosts pass;
-    double draft_ms, rate, stands;
-    int64_t most_counted, look_ahead;
-
-    // After draft token number `drafted` (from 0), before which the draft survived with the probability `before`, and
-    // with it with `survival`.
-    bool goes_on(int64_t drafted, double before, double survival, float entropy, float confidence) {
-        const int64_t counted = std::min(drafted + 1, most_counted);
-        signals[kDrafted] = static_cast<float>(static_cast<double>(counted) / static_cast<double>(most_counted));
-        signals[kSurvival] = static_cast<float>(before);
-        update_signals(signals, drafted, entropy, confidence);
-        const double rate_of_ms = rate / 1e3;
-        double tokens = 0.0;
-        bool is_worth_it = false;
-        seconds[0] = 1.0f;
-        for (int64_t more = 1; more <= look_ahead; ++more) {
-            const double ms = more_ms(drafted + 1, more);
-            seconds[more] = static_cast<float>(1 + ms / 1e3);  // only the differences matter to the rule
-            survival *= stands;
-            tokens += survival;
-            is_worth_it = is_worth_it || tokens > rate_of_ms * ms;
-        }
-        const int64_t stop_here = std::min(drafted + 1, most_counted - 1);
-        Controller from_here = controller;
-        from_here.gammas += stop_here;
-        from_here.candidates = std::min(1 + look_ahead, most_counted + 1 - stop_here);
-        int64_t gamma;
-        plan_gamma_rows("draft_chain", from_here, signals, 1, &gamma, acceptance);
-        return gamma > stop_here && is_worth_it;
-    }
-
-    // What a step with gamma draft tokens takes longer by so many more.
-    double more_ms(int64_t gamma, int64_t more) const {
-        return static_cast<double>(more) * draft_ms + std::max(0.0, pass.ms(gamma + 1 + more) - pass.ms(gamma + 1));
-    }
-
-    // The controller's answer to a draft of gamma tokens.
-    float acceptance_of(int64_t gamma) {
-        Controller this_one = controller;
-        this_one.gammas += std::min(gamma, most_counted);
-        this_one.candidates = 1;
-        this_one.rate = 0.0f;
-        seconds[0] = 1.0f;
-        int64_t planned;
-        plan_gamma_rows("draft_chain", this_one, signals, 1, &planned, acceptance);
-        return *acceptance;
-    }
-};
-
 double seconds_since(std::chrono::steady_clock::time_point start) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
-void check_float64(const char* op, const char* name, const Tensor& tensor) {
-    if (dtype_of(tensor) != aoti_torch_dtype_float64() || !tensor.is_contiguous()) {
-        refuse(op, name, " must be float64 and contiguous");
-    }
 }
 
 // Drafts up to `most` tokens behind the first `end` of ids [1, room], into ids.
 //
 // start, brought, state, states, first, keys, values and cached are as in read_head; the head reads what lies between
 // start and end first. uniform [1, most or more]; temperature and filters [1]. controller is empty where only the limits
-// end a draft; else it is signals [1, 10] f32, which are brought up to date, w1, b1, w2, b2, and the costs [3, 5 or more]
-// f64 of passes.
+// end a draft; else it and what follows are as in worth.h.
 //
 // Returns the logits [drafted, S] the tokens were drawn from, none where the temperature is 0, and a report [3 + 2 ·
 // drafted] f64: how many seconds passed in the head, how many outside, the controller's acceptance of the draft (NaN
@@ -155,43 +77,8 @@ std::tuple<Tensor, Tensor> draft_chain(
 
     const Limits limits{least_confidence, most_entropy, least_survival};
     std::optional<Worth> worth;
-    std::vector<int64_t> gammas;
-    std::vector<float> scratch;
     if (!controller.empty()) {
-        if (controller.size() != 6) {
-            refuse(op, "a controller is given as six tensors");
-        }
-        const Tensor &signals = controller[0], &costs = controller[5];
-        check_controller(op, signals, controller[1], controller[2], controller[3], controller[4]);
-        check_shape(op, "signals", signals, {1, kSignals});
-        check_float64(op, "costs", costs);
-        if (most_counted < 1 || look_ahead < 1 || look_ahead > most_counted) {
-            refuse(op, "look_ahead must be in [1, most_counted]");
-        }
-        check_shape(op, "costs", costs, {3, kAnySize});
-        if (costs.size(1) < 5) {
-            refuse(op, "costs must have at least 5 columns");
-        }
-        check_rate(op, rate / scale);
-        for (const Tensor& tensor : controller) {
-            if (!tensor.is_contiguous()) {
-                refuse(op, "a controller's tensors must be contiguous");
-            }
-        }
-        gammas.resize(most_counted + 1);
-        for (int64_t i = 0; i <= most_counted; ++i) {
-            gammas[i] = i;
-        }
-        scratch.resize(2 * (1 + look_ahead));
-        float* const seconds = scratch.data();
-        const auto* const numbers = data<double>(costs);
-        const int64_t size = costs.size(1);
-        worth = Worth{
-            {data<float>(controller[1]), data<float>(controller[2]), data<float>(controller[3]),
-             data<float>(controller[4]), gammas.data(), seconds, kSignals, controller[1].size(1), 1,
-             static_cast<float>(rate / scale)},
-            mutable_data<float>(signals), seconds, seconds + 1 + look_ahead,
-            {numbers, numbers + size, numbers + 2 * size, size}, draft_ms, rate, stands, most_counted, look_ahead};
+        worth.emplace(op, controller, draft_ms, rate, scale, most_counted, look_ahead);
     }
 
     const int64_t width = head->output->rows;
@@ -226,8 +113,8 @@ std::tuple<Tensor, Tensor> draft_chain(
             report.push_back(sample.confidence);
             const double before = survival;
             survival *= sample.confidence;
-            const bool is_worth_it =
-                !worth || worth->goes_on(i, before, survival, sample.entropy, sample.confidence);
+            const Worth::Drawn drawn{sample.entropy, sample.confidence, -1.0, stands, before, survival};
+            const bool is_worth_it = !worth || worth->goes_on(i, drawn);
             if (!is_worth_it || sample.confidence < limits.least_confidence ||
                 sample.entropy > limits.most_entropy || survival < limits.least_survival) {
                 break;
@@ -255,6 +142,31 @@ std::tuple<Tensor, Tensor> draft_chain(
     return {is_greedy || drafted == most ? logits : torch::stable::narrow(logits, 0, 0, drafted), reported};
 }
 
+// How many tokens of a draft of copies are worth their time, where the drafter gives itself these confidences [n] f64,
+// the controller's acceptance of so many, and the seconds it took; the rest as in worth.h.
+std::tuple<int64_t, double, double> judge_copies(
+    Tensor confidences, std::vector<Tensor> controller, double draft_ms, double rate, double scale,
+    int64_t most_counted, int64_t look_ahead) {
+    const char* const op = "judge_copies";
+    const auto begun = std::chrono::steady_clock::now();
+    check_shape(op, "confidences", confidences, {kAnySize});
+    const int64_t most = confidences.size(0);
+    if (dtype_of(confidences) != aoti_torch_dtype_float64() || !confidences.is_contiguous() || most < 1) {
+        refuse(op, "confidences must be float64, contiguous, and one or more");
+    }
+    Worth worth(op, controller, draft_ms, rate, scale, most_counted, look_ahead);
+    const auto* const own = data<double>(confidences);
+    double survival = 1.0;
+    int64_t count = 0;
+    for (bool goes_on = true; goes_on && count < most; ++count) {
+        const double before = survival;
+        survival *= own[count];
+        goes_on = worth.goes_on(count, {0.0f, 1.0f, own[count], own[count], before, survival});
+    }
+    const double acceptance = worth.acceptance_of(count);
+    return {count, acceptance, seconds_since(begun)};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(speckv, m) {
@@ -263,10 +175,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(speckv, m) {
           " Tensor uniform, Tensor? top_k, Tensor? top_p, Tensor? min_p, float least_confidence, float most_entropy,"
           " float least_survival, Tensor(f!)[] controller, float draft_ms, float rate, float scale, float stands,"
           " int most_counted, int look_ahead) -> (Tensor logits, Tensor report)");
+    m.def("judge_copies(Tensor confidences, Tensor(a!)[] controller, float draft_ms, float rate, float scale,"
+          " int most_counted, int look_ahead) -> (int count, float acceptance, float seconds)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(speckv, CPU, m) {
     m.impl("draft_chain", TORCH_BOX(&draft_chain));
+    m.impl("judge_copies", TORCH_BOX(&judge_copies));
 }
 
 }  // namespace speckv

@@ -33,6 +33,7 @@ from speckv.stopping import StopRule, Worth
 
 NEXT_STANDS = 0.6  # how often one more token of a model stands, where all before it do
 LOOK_AHEAD = 2     # tokens
+NOTHING_TOLD = 0.0, 0.0  # by a drafter of its own signals, before it has proposed a token
 
 
 class Adaptive:
@@ -121,15 +122,15 @@ class _AdaptiveSession(PolicySession):
         is_worth_it = self._is_worth_it(self._state.after(signal.confidence), stands, more_ms)
         return token, signal, gamma > stop_here and is_worth_it and drafted + 1 < source.cap
 
-    def stop_rule(self, most):
-        experience, source = self._experience, self._experience.sources[False]
-        source.begin()
-        self._state.write(self._signals.numpy()[0], 0, None)
+    def stop_rule(self, most, is_estimate):
+        experience, source = self._experience, self._experience.sources[is_estimate]
+        self._state.write(self._signals.numpy()[0], 0, NOTHING_TOLD if is_estimate else None)
         return StopRule(min(most, source.cap), worth=Worth(
-            self._signals, self._weights, experience.costs.numbers, experience.costs.draft_ms(False, 1),
+            self._signals, self._weights, experience.costs.numbers, experience.costs.draft_ms(is_estimate, 1),
             experience.rate, source.scale, NEXT_STANDS, LONGEST_COUNTED, LOOK_AHEAD))
 
     def drafted(self, chain):
+        self._experience.sources[chain.signals[0].is_estimate].begin()
         self._chained = len(chain.signals), chain.acceptance
 
     def _is_worth_it(self, survival, stands, more_ms):

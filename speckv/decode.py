@@ -111,7 +111,7 @@ class Run:
         if policy.is_asked:
             self._draft.ask(policy.may_draft)
         # Processors change a draft's logits between its tokens.
-        self._may_chain = hasattr(self._draft, "can_chain") and not self._processors and self._host_ids is not None
+        self._may_chain = hasattr(self._draft, "chains") and not self._processors and self._host_ids is not None
         self.wants_hidden = drafter.wants_hidden if drafter is not None else ()
         self._is_greedy = settings.temperature == 0
         self._temperature = torch.full((1,), settings.temperature, device=device)
@@ -256,12 +256,13 @@ class Run:
 
     def _chained(self, gamma, uniform):
         """As _draft_tokens, all in one call; None where the drafter or the policy goes token by token."""
-        if gamma == 0 or not self._may_chain or not self._draft.can_chain(self.ids[:, :self.length]):
-            return None
-        rule = self._policy.stop_rule(gamma)
+        kind = self._draft.chains(self.ids[:, :self.length]) if gamma > 0 and self._may_chain else None
+        rule = None if kind is None else self._policy.stop_rule(gamma, kind)
         if rule is None:
             return None
         chain = self._draft.draft_chain(self.ids, self.length, uniform, self._temperature, self._filters, rule)
+        if not chain.signals:
+            return self.ids[:, :0], None, ()
         self._policy.drafted(chain)
         tokens = self.ids[:, self.length:self.length + len(chain.signals)]
         logits = None if self._is_greedy else self._widened(chain.logits, chain.token_ids).unsqueeze(0)

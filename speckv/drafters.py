@@ -49,7 +49,8 @@ class DraftSession(Protocol):
     is given the policy's PolicySession.may_draft, for a drafter with two ways to draft.
 
     Two are for one that makes a whole draft in a call, greedy or sampled, where the policy has a StopRule and nothing
-    changes its logits. can_chain(ids) says whether it will behind ids [1, n], all of which stand.
+    changes its logits, on a CPU. chains(ids) says whether it will behind ids [1, n], all of which stand: of which kind,
+    Signal.is_estimate, its signals will be, or None where it goes token by token.
     draft_chain(ids, end, uniform, temperature, filters, rule) drafts behind the first `end` tokens of ids [1, room] i64
     as the rule says, writes the tokens into ids, and returns a speckv.stopping.Chain; uniform
     [1, rule.longest or more] f32 are the numbers to draw with, temperature and filters those of PolicySession.draft.

@@ -185,9 +185,9 @@ class _HeadSession:
         self._read(end, end)
         return OfSome(logits, self._token_ids)
 
-    def can_chain(self, ids) -> bool:
-        """Whether draft_chain can make the draft: where the engine reads the head."""
-        return hasattr(self._reader, "draft_chain")
+    def chains(self, ids):
+        """See speckv.drafters.DraftSession: where the engine reads the head."""
+        return False if hasattr(self._reader, "draft_chain") else None
 
     def draft_chain(self, ids, end, *how):
         """See speckv.drafters.DraftSession."""

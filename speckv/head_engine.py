@@ -56,8 +56,8 @@ class _Reader:
         session.make_room(end - start + rule.longest - 1)
         controller, numbers = [], (0.0, 1.0, 1.0, 0.0, 1, 1)
         if worth is not None:
-            controller = [worth.signals, *worth.weights, worth.costs]
-            numbers = worth[worth._fields.index("draft_ms"):]
+            controller = worth.tensors
+            numbers = (worth.draft_ms, worth.rate, worth.scale, worth.stands, worth.most_counted, worth.look_ahead)
         logits, report = torch.ops.speckv.draft_chain(
             self._engine.number, ids, start, end, rule.longest, brought, self._state,
             self._engine.no_states if states is None else states[0].float(), first, session.keys, session.values,

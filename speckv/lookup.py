@@ -14,7 +14,11 @@ import torch
 
 from speckv.drafters import OfSome, as_drafter, open_drafter
 from speckv.errors import InputError
+from speckv.kernels import serving
+from speckv.signals import Signal
+from speckv.stopping import Chain
 
+_HAS_KERNELS = serving()["cpu"][0] == "cpu"
 # How many earlier occurrences of the last tokens are looked at, the latest first. It bounds a search to some 80 µs; in
 # 8,192 tokens of real text no two tokens stand together more than 91 times, and a search takes 3 µs.
 MOST_OCCURRENCES = 1024
@@ -138,6 +142,7 @@ class _LookupSession:
     """Lookup at work on one sequence."""
 
     def __init__(self, drafter):
+        self._vocabulary = drafter.vocabulary
         self._text = _Text(drafter.longest, drafter.shortest)
         self._standing = 0  # how many tokens of the text stand; behind them lies the step's draft
         self._has_begun = False
@@ -171,6 +176,39 @@ class _LookupSession:
         """
         share = self._success(self._match).value
         return -share * math.log2(share) - (1 - share) * math.log2(1 - share), share
+
+    def chains(self, ids):
+        """See speckv.drafters.DraftSession."""
+        return True if _HAS_KERNELS else None
+
+    def draft_chain(self, ids, end, uniform, temperature, filters, rule):
+        """As above. What is proposed does not hang on what is drawn, so it is judged when all of it is known."""
+        self._read(ids[:, :end])
+        self._is_drafting = True
+        text, signals, survival = self._text, [], 1.0
+        while len(signals) < rule.longest and (match := text.match()) is not None:
+            self._match = match
+            signals.append(Signal(*self.signals(), is_estimate=True))
+            text.append(match.token)
+            survival *= signals[-1].confidence
+            if not rule.keeps_limits(signals[-1], survival):
+                break
+        acceptance, seconds = math.nan, 0.0
+        if signals and rule.worth is not None:
+            count, acceptance, seconds = rule.worth.judge_copies([signal.confidence for signal in signals])
+            del signals[count:]
+            text.cut(end + count)
+        tokens = text.tokens[end:]
+        ids.numpy()[0, end:end + len(tokens)] = tokens
+        return Chain(self._sure_of(tokens, temperature), None, tuple(signals), acceptance, seconds)
+
+    def _sure_of(self, tokens, temperature):
+        """The logits [n, V] that such tokens are drawn from; none where the text is greedy."""
+        if temperature.item() == 0:
+            return torch.empty(0, self._vocabulary)
+        logits = torch.full((len(tokens), self._vocabulary), float("-inf"))
+        logits[range(len(tokens)), tokens] = 0.0
+        return logits
 
     def promise(self, ids):
         """The estimated success of what would be proposed after ids [1, n], all of which stand; 0 without a match."""
@@ -235,13 +273,13 @@ class _LookupFirstSession:
         self._drafted += logits is not None
         return logits
 
-    def can_chain(self, ids):
-        """Whether the model drafts the step, and all of it in one call."""
+    def chains(self, ids):
+        """See speckv.drafters.DraftSession."""
         self._choose(ids)
-        return self._source is self._model and hasattr(self._model, "can_chain") and self._model.can_chain(ids)
+        return self._source.chains(ids) if hasattr(self._source, "chains") else None
 
     def draft_chain(self, *arguments):
-        chain = self._model.draft_chain(*arguments)
+        chain = self._source.draft_chain(*arguments)
         self._drafted += len(chain.signals)
         return chain
 

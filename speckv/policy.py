@@ -50,12 +50,12 @@ class PolicySession:
         token, signal = sample(logits, temperature, uniform, own, **filters)
         return token, signal, True
 
-    def stop_rule(self, most: int) -> StopRule | None:
-        """When the draft of a model that is about to be made, of at most so many tokens, ends, for a drafter that makes
-        it in one call; None to be asked token by token, with draft()."""
+    def stop_rule(self, most: int, is_estimate: bool) -> StopRule | None:
+        """When the draft that is about to be made, of at most so many tokens with signals of this kind, ends, for a
+        drafter that makes it in one call; None to be asked token by token, with draft()."""
 
     def drafted(self, chain: Chain) -> None:
-        """What became of the draft that stop_rule was asked for."""
+        """What became of the draft that stop_rule was asked for, where it has a token."""
 
     def promise(self, gamma: int) -> float | None:
         """How many of the draft just made, of gamma tokens, the policy expects to be accepted; None if it does not say.
@@ -87,12 +87,12 @@ class LimitedSession(StoppingSession):
         """Those of StopRule that hold for the next token."""
         raise NotImplementedError
 
-    def stop_rule(self, most):
+    def stop_rule(self, most, is_estimate):
         return StopRule(most, **self.limits())
 
     def goes_on(self, drafted, signal):
         self._survival = signal.confidence * (1.0 if drafted == 1 else self._survival)
-        return self.stop_rule(self.max_draft()).keeps_limits(signal, self._survival)
+        return self.stop_rule(self.max_draft(), signal.is_estimate).keeps_limits(signal, self._survival)
 
 
 def sample(logits, temperature, uniform, own, **filters):
@@ -126,7 +126,7 @@ class Fixed:
 class CountingSession(PolicySession):
     """A session that settles before the draft how many tokens it has."""
 
-    def stop_rule(self, most):
+    def stop_rule(self, most, is_estimate):
         return StopRule(most)
 
 

@@ -28,7 +28,7 @@ _OP_CALLERS = (("verify_chain", decode), ("draft_sample", policy), ("draft_sampl
 _TARGET_METHODS = {"read": TARGET, "read_best": TARGET, "rollback": ROLLBACK}
 # A drafter's rollback and what it makes of the hidden states it is shown are part of what a draft costs.
 _DRAFT_METHODS = dict.fromkeys(
-    ("prefill", "next_logits", "can_chain", "draft_chain", "signals", "observe", "rollback"), DRAFT)
+    ("prefill", "next_logits", "chains", "draft_chain", "signals", "observe", "rollback"), DRAFT)
 _POLICY_METHODS = dict.fromkeys(
     ("max_draft", "will_draft", "may_draft", "stop_rule", "draft", "drafted", "promise", "record"), POLICY)
 

@@ -1,4 +1,5 @@
-"""When a draft ends, in numbers: a rule that both the loop, token by token, and the engine, in one call, can follow."""
+"""When a draft ends, in numbers: a rule that the loop follows token by token, and a drafter that makes all of it in one
+call there."""
 
 import math
 from typing import NamedTuple
@@ -26,6 +27,18 @@ class Worth(NamedTuple):
     most_counted: int
     look_ahead: int
 
+    @property
+    def tensors(self) -> list:
+        """As csrc/worth.h wants them."""
+        return [self.signals, *self.weights, self.costs]
+
+    def judge_copies(self, confidences: list) -> tuple:
+        """How many tokens of a draft of copies are worth their time, to which the drafter gives these confidences, the
+        controller's acceptance of so many, and the seconds it took to say so. Needs the C++ kernels."""
+        return torch.ops.speckv.judge_copies(
+            torch.tensor(confidences, dtype=torch.float64), self.tensors, self.draft_ms, self.rate, self.scale,
+            self.most_counted, self.look_ahead)
+
 
 class StopRule(NamedTuple):
     """Go on after a draft token while its confidence, its entropy in bits, and the survival of the draft so far (the
@@ -46,11 +59,11 @@ class StopRule(NamedTuple):
 
 class Chain(NamedTuple):
     """A draft made in one call: the logits [n, S] that its tokens were drawn from (none where greedy), of the tokens
-    with token_ids [S] i64; a Signal of each token drawn; the controller's acceptance of all of them (NaN without one);
-    and the seconds that went into drawing and deciding."""
+    with token_ids [S] i64 (None: of all); a Signal of each token drawn; the controller's acceptance of all of them (NaN
+    without one); and the seconds that went into drawing and deciding."""
 
     logits: torch.Tensor
-    token_ids: torch.Tensor
+    token_ids: torch.Tensor | None
     signals: tuple
     acceptance: float
     seconds: float

@@ -6,14 +6,14 @@ from itertools import product
 import pytest
 import torch
 from test_head import features_of, int8_head
-from tiny_models import prompt_ids, tiny_model
+from tiny_models import VOCABULARY, prompt_ids, tiny_model
 
 import speckv
 from speckv import decode
 from speckv.adaptive import Adaptive
 from speckv.errors import NumericalError
 from speckv.kernels import serving
-from speckv.lookup import LookupFirst
+from speckv.lookup import LookupDrafter, LookupFirst
 from speckv.policy import PolicySession
 from speckv.stopping import StopRule
 
@@ -61,12 +61,13 @@ def drafter():
     return made
 
 
-@pytest.mark.parametrize("lookup", [False, True], ids=["head", "lookup and head"])
+@pytest.mark.parametrize("kind", ["head", "lookup and head", "lookup"])
 @pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_chain_is_the_draft_token_by_token(drafter, name, sampling, lookup, monkeypatch):
+def test_a_chain_is_the_draft_token_by_token(drafter, name, sampling, kind, monkeypatch):
     ids = prompt_ids(12).repeat(1, 2)
-    drafter = LookupFirst(drafter) if lookup else drafter
+    drafters = {"head": drafter, "lookup and head": LookupFirst(drafter), "lookup": LookupDrafter(VOCABULARY, 5, 1)}
+    drafter = drafters[kind]
     output, chains = steps_of(monkeypatch, True, drafter, name, sampling, ids)
     expected, none = steps_of(monkeypatch, False, drafter, name, sampling, ids)
     assert chains > 0 and none == 0
