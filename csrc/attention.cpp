@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -9,6 +10,8 @@
 namespace speckv {
 namespace {
 
+// Rows up to which bf16 keys and values are widened as they are read: by more they are brought to fp32 once for all.
+constexpr int64_t kMostReading = 6;
 constexpr int64_t kTileKeys = 32;  // brought to fp32 together: with 64 values each they take a quarter of L1
 
 // Rows `first`, first + 1, ... of a head in fp32, `width` apart; what is behind a row up to there is left as it is.
@@ -29,10 +32,44 @@ void widen(const Heads& heads, int64_t batch, int64_t head, int64_t first, int64
     }
 }
 
+bool is_one_piece_of_bfloat16(const Heads& heads, int64_t width) {
+    return heads.dtype == Dtype::kBFloat16 && width == heads.size && heads.stride_bytes[2] == 2 * width;
+}
+
+const uint16_t* bfloat16_of(const Heads& heads, int64_t batch, int64_t head, int64_t first) {
+    return static_cast<const uint16_t*>(heads.row(batch, head, first).logits);
+}
+
+// Asks for rows that are wanted soon: what a sequence has in the cache is a stream of its own for every layer and head,
+// each too short for the machine to foresee.
+void ask_for(const Heads& heads, int64_t batch, int64_t head, int64_t first, int64_t count) {
+    constexpr int64_t kLine = 64;
+    const auto* const start = static_cast<const char*>(heads.row(batch, head, first).logits);
+    for (int64_t row = 0; row < count; ++row) {
+        for (int64_t byte = 0; byte < heads.size * element_bytes(heads.dtype); byte += kLine) {
+            __builtin_prefetch(start + row * heads.stride_bytes[2] + byte);
+        }
+    }
+}
+
+SPECKV_INLINE void load_some(const float* values, Floats& out) {
+    load(values, out);
+}
+
+// Widened bf16.
+SPECKV_INLINE void load_some(const uint16_t* values, Floats& out) {
+    using Halves = uint16_t __attribute__((vector_size(32)));
+    using Words = uint32_t __attribute__((vector_size(64)));
+    Halves halves;
+    std::memcpy(&halves, values, sizeof(halves));
+    const Words words = __builtin_convertvector(halves, Words) << 16;
+    std::memcpy(&out, &words, sizeof(out));
+}
+
 // scores[row * stride + key] = queries[row] . keys[key] for kLanes keys.
-template <int rows>
+template <int rows, class Value>
 SPECKV_INLINE void add_scores_of_rows(
-    const float* queries, const float* keys, int64_t width, float* scores, int64_t stride) {
+    const float* queries, const Value* keys, int64_t width, float* scores, int64_t stride) {
     Floats halves[rows][2];
     for (int half = 0; half < 2; ++half) {
         Floats sums[rows][8] = {};
@@ -45,7 +82,7 @@ SPECKV_INLINE void add_scores_of_rows(
 #pragma GCC unroll 8
             for (int key = 0; key < 8; ++key) {
                 Floats value;
-                load(keys + (8 * half + key) * width + i, value);
+                load_some(keys + (8 * half + key) * width + i, value);
 #pragma GCC unroll 4
                 for (int row = 0; row < rows; ++row) {
                     sums[row][key] += query[row] * value;
@@ -66,8 +103,9 @@ SPECKV_INLINE void add_scores_of_rows(
 }
 
 // The same for all keys of a tile. What is behind a tile's last key up to a whole vector gets a score too.
-SPECKV_CLONES void add_scores(
-    const float* queries, int64_t rows, const float* keys, int64_t count, int64_t width, float* scores,
+template <class Value>
+SPECKV_INLINE void add_all_scores(
+    const float* queries, int64_t rows, const Value* keys, int64_t count, int64_t width, float* scores,
     int64_t stride) {
     for (int64_t first = 0; first < count; first += kLanes) {
         int64_t row = 0;
@@ -80,6 +118,18 @@ SPECKV_CLONES void add_scores(
                 queries + row * width, keys + first * width, width, scores + row * stride + first, stride);
         }
     }
+}
+
+SPECKV_CLONES void add_scores(
+    const float* queries, int64_t rows, const float* keys, int64_t count, int64_t width, float* scores,
+    int64_t stride) {
+    add_all_scores(queries, rows, keys, count, width, scores, stride);
+}
+
+SPECKV_CLONES void add_scores_of_bfloat16(
+    const float* queries, int64_t rows, const uint16_t* keys, int64_t count, int64_t width, float* scores,
+    int64_t stride) {
+    add_all_scores(queries, rows, keys, count, width, scores, stride);
 }
 
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
@@ -121,9 +171,9 @@ SPECKV_CLONES void weigh(
 }
 
 // Some rows and some vectors of a row at a time: a single sum would wait for its own result at every key.
-template <int rows, int vectors>
+template <int rows, int vectors, class Value>
 SPECKV_INLINE void add_some_values(
-    const float* weights, int64_t stride, const float* values, int64_t count, int64_t width, float* out) {
+    const float* weights, int64_t stride, const Value* values, int64_t count, int64_t width, float* out) {
     Floats sums[rows][vectors];
 #pragma GCC unroll 4
     for (int row = 0; row < rows; ++row) {
@@ -136,7 +186,7 @@ SPECKV_INLINE void add_some_values(
         Floats value[vectors];
 #pragma GCC unroll 4
         for (int i = 0; i < vectors; ++i) {
-            load(values + key * width + i * kLanes, value[i]);
+            load_some(values + key * width + i * kLanes, value[i]);
         }
 #pragma GCC unroll 4
         for (int row = 0; row < rows; ++row) {
@@ -155,9 +205,9 @@ SPECKV_INLINE void add_some_values(
     }
 }
 
-template <int rows>
+template <int rows, class Value>
 SPECKV_INLINE void add_values_to_rows(
-    const float* weights, int64_t stride, const float* values, int64_t count, int64_t width, float* out) {
+    const float* weights, int64_t stride, const Value* values, int64_t count, int64_t width, float* out) {
     int64_t i = 0;
     for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
         add_some_values<rows, 4>(weights, stride, values + i, count, width, out + i);
@@ -168,8 +218,9 @@ SPECKV_INLINE void add_values_to_rows(
 }
 
 // out[row] += weights[row * stride + key] * values[key], key by key in their order.
-SPECKV_CLONES void add_values(
-    const float* weights, int64_t stride, int64_t rows, const float* values, int64_t count, int64_t width, float* out) {
+template <class Value>
+SPECKV_INLINE void add_all_values(
+    const float* weights, int64_t stride, int64_t rows, const Value* values, int64_t count, int64_t width, float* out) {
     int64_t row = 0;
     for (; row + 3 <= rows; row += 3) {
         add_values_to_rows<3>(weights + row * stride, stride, values, count, width, out + row * width);
@@ -177,6 +228,17 @@ SPECKV_CLONES void add_values(
     for (; row < rows; ++row) {
         add_values_to_rows<1>(weights + row * stride, stride, values, count, width, out + row * width);
     }
+}
+
+SPECKV_CLONES void add_values(
+    const float* weights, int64_t stride, int64_t rows, const float* values, int64_t count, int64_t width, float* out) {
+    add_all_values(weights, stride, rows, values, count, width, out);
+}
+
+SPECKV_CLONES void add_values_of_bfloat16(
+    const float* weights, int64_t stride, int64_t rows, const uint16_t* values, int64_t count, int64_t width,
+    float* out) {
+    add_all_values(weights, stride, rows, values, count, width, out);
 }
 
 // out[i] += factor * values[i]
@@ -209,10 +271,20 @@ void attend_chunk(
         const int64_t head = group * problem.group + row / problem.queries;
         widen(problem.query, batch, head, row % problem.queries, 1, key_width, queries + row * key_width);
     }
+    const bool reads_keys = rows <= kMostReading && is_one_piece_of_bfloat16(problem.key, key_width);
+    const bool reads_values = rows <= kMostReading && is_one_piece_of_bfloat16(problem.value, value_width);
     for (int64_t start = begin; start < end; start += kTileKeys) {
         const int64_t count = std::min(kTileKeys, end - start);
+        ask_for(problem.value, batch, group, start, count);
+        float* const tile_scores = scores + start - begin;
+        // What lies behind the last key of a whole vector is another key, or not the cache's.
+        if (reads_keys && count % kLanes == 0) {
+            add_scores_of_bfloat16(queries, rows, bfloat16_of(problem.key, batch, group, start), count, key_width,
+                                   tile_scores, kChunkKeys);
+            continue;
+        }
         widen(problem.key, batch, group, start, count, key_width, tile);
-        add_scores(queries, rows, tile, count, key_width, scores + start - begin, kChunkKeys);
+        add_scores(queries, rows, tile, count, key_width, tile_scores, kChunkKeys);
     }
     static thread_local std::vector<int64_t> visible;
     visible.resize(rows);
@@ -227,6 +299,12 @@ void attend_chunk(
     }
     for (int64_t start = begin; start < end; start += kTileKeys) {
         const int64_t count = std::min(kTileKeys, end - start);
+        ask_for(problem.key, batch, group, start + kChunkKeys, std::min(count, problem.positions - start - kChunkKeys));
+        if (reads_values) {
+            add_values_of_bfloat16(scores + start - begin, kChunkKeys, rows,
+                                   bfloat16_of(problem.value, batch, group, start), count, value_width, values);
+            continue;
+        }
         widen(problem.value, batch, group, start, count, value_width, tile);
         add_values(scores + start - begin, kChunkKeys, rows, tile, count, value_width, values);
     }
