@@ -86,7 +86,7 @@ class _AdaptiveSession(PolicySession):
     def max_draft(self):
         self._state.begin()
         self._chained = None
-        if self._experience.wants_plain or not (self.is_asked or self.may_draft(self._is_estimate)):
+        if self.is_ahead or self._experience.wants_plain or not (self.is_asked or self.may_draft(self._is_estimate)):
             return 0
         return self._longest
 

@@ -56,6 +56,9 @@ def generate_batch(target, drafter, requests, policy="adaptive", fast=False, on_
 @torch.inference_mode()
 def _step(runs):
     """A step of each run, by its index: all drafts, one pass of the target, all verdicts."""
+    most = max(run.left for run in runs.values())
+    for run in runs.values():
+        run.policy.is_ahead = run.left < most and _share_a_pass(runs)
     drafts = {index: _named(index, run.draft) for index, run in runs.items()}
     started = time.perf_counter()
     read = _read(runs, drafts)
@@ -67,7 +70,7 @@ def _step(runs):
 
 def _read(runs, drafts):
     """Each run's draft, or what memory leaves of it, and what its target makes of that."""
-    if all(isinstance(run.target, FastModel) for run in runs.values()):
+    if _share_a_pass(runs):
         requests = [(run.target, *run.request(drafts[index])) for index, run in runs.items()]
         wanted = next(iter(runs.values())).wants_hidden  # of the one drafter that all share
         best = all(run.takes_best for run in runs.values())
@@ -80,6 +83,10 @@ def _read(runs, drafts):
         for run in runs.values():  # some may have been read
             run.target.rollback(run.length - 1)
     return {index: run.read(drafts[index]) for index, run in runs.items()}
+
+
+def _share_a_pass(runs):
+    return all(isinstance(run.target, FastModel) for run in runs.values())
 
 
 def _named(index, call, *arguments):

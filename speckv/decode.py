@@ -104,7 +104,7 @@ class Run:
         self._criteria = settings.criteria
         self.target = open_target(target, fast)
         self._draft = open_drafter(drafter, fast) if drafter is not None else None
-        self._policy = policy
+        self.policy = policy
         self._own_signals = getattr(self._draft, "signals", None)
         self._vocabulary = drafter.vocabulary if drafter is not None else None
         policy.is_asked = hasattr(self._draft, "ask")
@@ -121,6 +121,11 @@ class Run:
         self.takes_best = self._is_greedy and not self._processors and hasattr(self.target, "read_best")
         self._read = self.target.read_best if self.takes_best else self.target.read
 
+    @property
+    def left(self) -> int:
+        """How many tokens more the text may have."""
+        return self.end - self.length
+
     @torch.inference_mode()
     def prefill(self):
         """Read the prompt but for its last token, which the first step feeds."""
@@ -129,7 +134,7 @@ class Run:
             _, hidden = self.target.read(prompt, 1, self.wants_hidden)
             self._observe(hidden, 0)
             self.target.rollback(self.length - 1)
-            if self._draft is not None and _will_draft(self._policy):
+            if self._draft is not None and _will_draft(self.policy):
                 getattr(self._draft, "prefill", self._draft.next_logits)(prompt)
         self._prefilled = time.perf_counter()
 
@@ -176,7 +181,7 @@ class Run:
         """The first tokens of a draft."""
         logits = None if draft.logits is None or gamma == 0 else draft.logits[:, :gamma]
         return Draft(draft.tokens[:, :gamma], logits, draft.signals[:gamma],
-                     self._policy.promise(gamma) if gamma else None, draft.uniform[:, :gamma + 1], draft.ms)
+                     self.policy.promise(gamma) if gamma else None, draft.uniform[:, :gamma + 1], draft.ms)
 
     def request(self, draft):
         """What the target is to read to verify a draft: the text with it, and after how many tokens logits are needed.
@@ -204,7 +209,7 @@ class Run:
         verify_ms = read_ms + (time.perf_counter() - started) * 1e3
         record = StepRecord(draft.tokens.shape[1], accepted, len(emitted), draft.ms, verify_ms, draft.signals,
                             draft.promise)
-        self._policy.record(record)
+        self.policy.record(record)
         self._steps.append(record)
         if self.finished:
             self._finished = time.perf_counter()
@@ -221,13 +226,13 @@ class Run:
     def _drafted(self):
         started = time.perf_counter()
         # The target adds a token of its own, so one less than what is missing is worth drafting.
-        gamma = min(checked_gamma(self._policy, self._draft), self._longest_draft, self.end - self.length - 1)
+        gamma = min(checked_gamma(self.policy, self._draft), self._longest_draft, self.end - self.length - 1)
         to_draft, to_verify = self._numbers.of_step(self.length - self._prompt_length, gamma)
         if self._host_ids is None:
             to_draft, to_verify = (numbers.to(self.ids.device, non_blocking=True) for numbers in (to_draft, to_verify))
         tokens, logits, signals = self._chained(gamma, to_draft) or self._draft_tokens(gamma, to_draft)
         gamma = tokens.shape[1]
-        promise = self._policy.promise(gamma) if gamma else None
+        promise = self.policy.promise(gamma) if gamma else None
         return Draft(tokens, logits, signals, promise, to_verify[:, :gamma + 1], (time.perf_counter() - started) * 1e3)
 
     def _agreed(self, draft, best):
@@ -257,13 +262,13 @@ class Run:
     def _chained(self, gamma, uniform):
         """As _draft_tokens, all in one call; None where the drafter or the policy goes token by token."""
         kind = self._draft.chains(self.ids[:, :self.length]) if gamma > 0 and self._may_chain else None
-        rule = None if kind is None else self._policy.stop_rule(gamma, kind)
+        rule = None if kind is None else self.policy.stop_rule(gamma, kind)
         if rule is None:
             return None
         chain = self._draft.draft_chain(self.ids, self.length, uniform, self._temperature, self._filters, rule)
         if not chain.signals:
             return self.ids[:, :0], None, ()
-        self._policy.drafted(chain)
+        self.policy.drafted(chain)
         tokens = self.ids[:, self.length:self.length + len(chain.signals)]
         logits = None if self._is_greedy else self._widened(chain.logits, chain.token_ids).unsqueeze(0)
         return tokens, logits, chain.signals
@@ -279,7 +284,7 @@ class Run:
             if row is None:
                 break
             own = self._own_signals() if self._own_signals is not None else None
-            token, signal, goes_on = self._policy.draft(row, self._temperature, uniform[:, i], i, own, **self._filters)
+            token, signal, goes_on = self.policy.draft(row, self._temperature, uniform[:, i], i, own, **self._filters)
             tokens.append(self._place(self.length + i, token, token_ids))
             if not self._is_greedy:
                 logits.append(self._widened(row, token_ids))

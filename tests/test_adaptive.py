@@ -239,6 +239,13 @@ def test_unsure_drafts_end_whatever_the_controller_promises():
     assert longest(3.0) < longest(5.0) < longest(20.0) == 16  # confidences of 0.29, 0.75 and 1
 
 
+def test_a_text_that_is_ahead_of_its_batch_drafts_nothing():
+    world = World(Adaptive())
+    assert sum(world.run(20)[0]) > 0
+    world.session.is_ahead = True
+    assert set(world.run(20)[0]) == {0}
+
+
 def test_one_kind_of_draft_rests_while_the_other_goes_on():
     policy = Adaptive(constant_controller(0.5))
     session = policy.open(None)

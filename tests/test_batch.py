@@ -1,5 +1,7 @@
 """Texts decoded together are those that each is alone."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_head import tiny_head
@@ -10,7 +12,7 @@ from speckv import InputError, NumericalError
 from speckv.fast import FastTarget
 from speckv.kernels import serving
 from speckv.lookup import LookupDrafter
-from speckv.policy import Fixed
+from speckv.policy import Fixed, PolicySession
 
 LENGTHS = (1, 17, 4, 70, 9, 30, 2, 12)
 needs_engine = pytest.mark.skipif(serving()["cpu"][0] != "cpu", reason="needs the C++ kernels")
@@ -70,6 +72,35 @@ def test_all_texts_are_read_in_one_pass(monkeypatch):
     requests = [{"input_ids": prompt_ids(1), "max_new_tokens": count} for count in (2, 4, 6)]
     speckv.generate_batch(target, None, requests, policy="off", fast=True, eos_token_id=[])
     assert widths == [3, 3, 2, 2, 1, 1], "a text that has ended is read no more"
+
+
+class Waiting(PolicySession):
+    """Drafts two tokens where its text ends the batch."""
+
+    name = "waiting"
+
+    def max_draft(self):
+        return 0 if self.is_ahead else 2
+
+
+@ways
+def test_a_text_that_is_ahead_of_others_is_told_where_they_share_a_pass(fast):
+    policy = SimpleNamespace(name="waiting", open=lambda compression: Waiting())
+    target, told = tiny_model(), []
+    requests = [{"input_ids": prompt_ids(6, seed=seed), "max_new_tokens": count}
+                for seed, count in ((1, 40), (2, 40), (3, 25))]
+    speckv.generate_batch(target, tiny_model(seed=1), requests, policy=policy, fast=fast, eos_token_id=[],
+                          on_step=lambda index, tokens, record: told.append((index, len(tokens), record.gamma)))
+    left, waited = [request["max_new_tokens"] for request in requests], 0
+    while told:
+        step = [told.pop(0) for _ in range(3 - left.count(0))]
+        for index, _, gamma in step:
+            waits = fast and left[index] < max(left)
+            assert gamma == (0 if waits else min(2, left[index] - 1))
+            waited += waits
+        for index, count, _ in step:
+            left[index] -= count
+    assert left == [0, 0, 0] and (waited > 10) == fast
 
 
 @ways
