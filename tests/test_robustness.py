@@ -93,12 +93,12 @@ def stopped(stop, model, fast):
 
     def read(*args):
         stop()
-        return FastTarget.read(reader, *args)
-    reader.read = read
+        return FastTarget._read(reader, *args)
+    reader._read = read
     try:
         yield
     finally:
-        del reader.read
+        del reader._read
 
 
 def interrupted(place, at, target, drafter, **settings):
@@ -276,13 +276,13 @@ def test_a_batch_that_does_not_fit_is_read_text_by_text_and_less_at_a_time(monke
     target = tiny_model()
     drafter, requests = noisy_copy(target), [{"input_ids": prompt_ids(length)} for length in (3, 9, 5)]
     expected = [plain(target, request["input_ids"], 30, fast=True) for request in requests]
-    read = FastTarget.read
+    read = FastTarget._read
 
-    def tight(self, parts, layers=()):
+    def tight(self, op, parts, layers):
         if sum(len(ids) for _, ids, _ in parts) > 4 and all(session.length for session, _, _ in parts):
             raise OUT_OF_MEMORY["CPU"]
-        return read(self, parts, layers)
-    monkeypatch.setattr(FastTarget, "read", tight)
+        return read(self, op, parts, layers)
+    monkeypatch.setattr(FastTarget, "_read", tight)
     outputs = speckv.generate_batch(target, drafter, requests, policy="fixed:6", max_new_tokens=30, fast=True)
     for output, text in zip(outputs, expected, strict=True):
         assert torch.equal(output.sequences, text)
