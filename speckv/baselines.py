@@ -89,6 +89,10 @@ class AdaEDL:
     step: float = 0.01     # epsilon
     longest: int = 10
 
+    def __post_init__(self):
+        if not self.gamma > 0:
+            raise InputError(f"gamma is {self.gamma}: it must be above 0")
+
     @property
     def name(self) -> str:
         return "adaedl"
