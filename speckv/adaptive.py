@@ -155,7 +155,8 @@ class _AdaptiveSession(PolicySession):
 
     def record(self, step):
         self._state.record(step)
-        self._experience.record(step, self._promise, self._is_warm)
+        # Texts that take turns to draft have missed something each time: what that takes is the price of a draft there.
+        self._experience.record(step, self._promise, self._is_warm or self.shares_passes)
         self._is_warm = False in [signal.is_estimate for signal in step.signals]
         if step.signals:
             self._is_estimate = step.signals[0].is_estimate

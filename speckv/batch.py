@@ -56,9 +56,10 @@ def generate_batch(target, drafter, requests, policy="adaptive", fast=False, on_
 @torch.inference_mode()
 def _step(runs):
     """A step of each run, by its index: all drafts, one pass of the target, all verdicts."""
+    shares = len(runs) > 1 and _share_a_pass(runs)
     most = max(run.left for run in runs.values())
     for run in runs.values():
-        run.policy.is_ahead = run.left < most and _share_a_pass(runs)
+        run.policy.shares_passes, run.policy.is_ahead = shares, shares and run.left < most
     drafts = {index: _named(index, run.draft) for index, run in runs.items()}
     started = time.perf_counter()
     read = _read(runs, drafts)

@@ -24,7 +24,8 @@ class PolicySession:
 
     name = "policy"
     is_asked = False  # whether the drafter asks may_draft() before it drafts
-    is_ahead = False  # of a batch: whether another text has more tokens left to decode, and so ends it
+    shares_passes = False  # whether the text is one of several that the target reads together
+    is_ahead = False       # of those, whether another has more tokens left to decode, and so ends them
 
     def max_draft(self) -> int:
         """The most tokens the next step may draft; 0 is plain decoding."""

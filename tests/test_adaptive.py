@@ -239,6 +239,19 @@ def test_unsure_drafts_end_whatever_the_controller_promises():
     assert longest(3.0) < longest(5.0) < longest(20.0) == 16  # confidences of 0.29, 0.75 and 1
 
 
+@pytest.mark.parametrize("shares, expected", [(False, 2.0), (True, 2.5)])
+def test_what_a_draft_has_missed_is_its_price_where_texts_take_turns(shares, expected):
+    policy = Adaptive()
+    session = policy.open(None)
+    session.shares_passes = shares
+    for draft_ms in (0.0, 2.0, 0.0, 6.0):  # counted as 1.5 times what is usual
+        gamma = int(draft_ms > 0)
+        if gamma:
+            session.promise(gamma)
+        session.record(step(gamma, gamma, draft_ms, 40.0))
+    assert policy._experience[None].costs.draft_ms(False) == pytest.approx(expected)
+
+
 def test_a_text_that_is_ahead_of_its_batch_drafts_nothing():
     world = World(Adaptive())
     assert sum(world.run(20)[0]) > 0
