@@ -19,7 +19,8 @@ demo: .venv/installed
 
 # Triton's interpreter is chosen when Triton is imported, so its tests need a process of their own.
 test: .venv/installed
-	$(INTERPRETER) $(PYTEST) tests/ops tests/triton tests/test_backends_agree.py
+	# One of its files takes most of the time, so its tests are shared out one by one.
+	$(INTERPRETER) $(PYTEST) --dist=worksteal tests/ops tests/triton tests/test_backends_agree.py
 	$(PYTEST) tests
 
 # The long counts of the tests that search: 20,000 odd inputs of the ops, 1,000 texts in one process.

@@ -36,7 +36,7 @@ class Clock:
         return self._now
 
 
-def steps_of(monkeypatch, chains, drafter, policy, sampling, ids, length=70):
+def steps_of(monkeypatch, chains, drafter, policy, sampling, ids, length=50):
     """The text and the steps; and how many drafts were made in one call."""
     calls = []
     with monkeypatch.context() as patched:
