@@ -40,8 +40,7 @@ const uint16_t* bfloat16_of(const Heads& heads, int64_t batch, int64_t head, int
     return static_cast<const uint16_t*>(heads.row(batch, head, first).logits);
 }
 
-// Asks for rows that are wanted soon: what a sequence has in the cache is a stream of its own for every layer and head,
-// each too short for the machine to foresee.
+// Asks for rows that are wanted soon: what a sequence has in the cache is a short stream for every layer and head.
 void ask_for(const Heads& heads, int64_t batch, int64_t head, int64_t first, int64_t count) {
     constexpr int64_t kLine = 64;
     const auto* const start = static_cast<const char*>(heads.row(batch, head, first).logits);

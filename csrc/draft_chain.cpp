@@ -1,7 +1,7 @@
 // A whole draft of a feature head in one call: its tokens, one after the other, and whether each is worth another.
 //
-// Between two draft tokens Python reads and makes a dozen small objects, which a pass over the target's weights has
-// driven from the caches: that takes as long as the head itself. What is decided, and when, is what speckv.policy and
+// Token by token Python would read and make a dozen small objects between two of them, with code and data that a pass
+// over the target's weights has driven from the caches. What is decided, and when, is what speckv.policy and
 // speckv.adaptive decide token by token, to the last bit (tests/test_draft_chain.py).
 
 #include <torch/csrc/stable/library.h>

@@ -91,7 +91,7 @@ class StepCosts:
         self._line = _Line()
         #: What verify_ms makes its answers of, kept up to date: [3, MOST_POSITIONS + 1] f64 of which the first two rows
         #: are trials and the milliseconds of each length, where the level is 1; the third is the level, the line's
-        #: height, slope and center, and LINE_TRIALS. See csrc/draft_chain.cpp.
+        #: height, slope and center, and LINE_TRIALS. See csrc/worth.cpp.
         self.numbers = torch.zeros(3, MOST_POSITIONS + 1, dtype=torch.float64)
         self._table = self.numbers.numpy()
 

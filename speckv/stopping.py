@@ -11,10 +11,10 @@ class Worth(NamedTuple):
     """The rule of speckv.adaptive in numbers: go on while one more token, or a few, are worth their time.
 
     signals [1, F] f32 are those of speckv.draft_state, what is known before the draft in them; the draft brings them up
-    to date. weights are the controller's four tensors. pass_ms [n] f64 is what a pass of the target takes over 1, 2, …
-    positions, draft_ms what one more draft token does; rate the run's tokens per second, which counts as rate / scale
-    for the controller; stands how often one more token stands where all before it do. The controller has seen drafts
-    of up to most_counted tokens, and the rule looks so many ahead.
+    to date. weights are the controller's four tensors. costs [3, n] f64 are speckv.cost.StepCosts.numbers, which tell
+    what a pass of the target takes; draft_ms is what one more draft token takes; rate the run's tokens a second, which
+    counts as rate / scale for the controller; stands how often one more token of a model stands where all before it do.
+    The controller has seen drafts of up to most_counted tokens, and the rule looks look_ahead tokens ahead.
     """
 
     signals: torch.Tensor

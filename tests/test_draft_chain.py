@@ -1,5 +1,6 @@
 """A draft made in one call is that made token by token: the same tokens, signals and promises, whatever ends it."""
 
+import math
 import random
 from itertools import product
 
@@ -156,6 +157,20 @@ def test_what_does_not_fit_is_refused():
             ({"most_counted": 0}, "look_ahead")):
         with pytest.raises(RuntimeError, match=words):
             torch.ops.speckv.draft_chain(*(fine | change).values())
+
+
+def test_copies_that_cannot_be_judged_are_refused():
+    controller = [torch.zeros(1, 10), *Adaptive().controller.tensors().values(), torch.ones(3, 33).double()]
+    fine = {"confidences": torch.full((4,), 0.9).double(), "controller": controller, "draft_ms": 0.1, "rate": 1.0,
+            "scale": 1.0, "most_counted": 8, "look_ahead": 2}
+    count, acceptance, seconds = torch.ops.speckv.judge_copies(*fine.values())
+    assert 1 <= count <= 4 and math.isfinite(acceptance) and seconds > 0
+    for change, words in (
+            ({"confidences": torch.ones(4)}, "float64"), ({"confidences": torch.ones(0).double()}, "one or more"),
+            ({"confidences": torch.ones(1, 4).double()}, "1 dimensions"), ({"controller": []}, "six tensors"),
+            ({"rate": float("nan")}, "rate"), ({"look_ahead": 0}, "look_ahead")):
+        with pytest.raises(RuntimeError, match=words):
+            torch.ops.speckv.judge_copies(*(fine | change).values())
 
 
 def test_what_is_read_in_a_chain_is_read_once(drafter):

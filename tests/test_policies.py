@@ -169,6 +169,11 @@ def test_a_policy_that_looks_at_the_token_does_not():
     assert p_value(counts, expected) < 1e-6
 
 
+def test_adaedl_refuses_a_bound_that_no_entropy_moves():
+    with pytest.raises(InputError, match="gamma is 0"):
+        AdaEDL(gamma=0.0)
+
+
 def test_names_are_parsed_and_others_refused():
     assert parse_policy("off") == Fixed(0)
     for name in NAMED:
