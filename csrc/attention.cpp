@@ -119,54 +119,60 @@ SPECKV_INLINE void add_all_scores(
     }
 }
 
-SPECKV_CLONES void add_scores(
+void add_scores(
     const float* queries, int64_t rows, const float* keys, int64_t count, int64_t width, float* scores,
     int64_t stride) {
-    add_all_scores(queries, rows, keys, count, width, scores, stride);
+    in_widest_units([=]() SPECKV_INLINED {
+        add_all_scores(queries, rows, keys, count, width, scores, stride);
+    });
 }
 
-SPECKV_CLONES void add_scores_of_bfloat16(
+void add_scores_of_bfloat16(
     const float* queries, int64_t rows, const uint16_t* keys, int64_t count, int64_t width, float* scores,
     int64_t stride) {
-    add_all_scores(queries, rows, keys, count, width, scores, stride);
+    in_widest_units([=]() SPECKV_INLINED {
+        add_all_scores(queries, rows, keys, count, width, scores, stride);
+    });
 }
 
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 // Scores [rows, kChunkKeys] made weights, of which a row sees the first visible[row]: exp((score - largest) * scale) of
 // those, 0 behind them up to the chunk's end.
-SPECKV_CLONES void weigh(
+void weigh(
     float* scores, int64_t rows, const int64_t* visible, float scale, float* largest_scores, float* sums) {
-    for (int64_t row = 0; row < rows; ++row) {
-        float* const weights = scores + row * kChunkKeys;
-        std::fill(weights + visible[row], weights + kChunkKeys, kNothing);
-        float lanes[kLanes];
-        std::fill(lanes, lanes + kLanes, kNothing);
-        for (int64_t i = 0; i < kChunkKeys; i += kLanes) {
+    in_widest_units([=]() SPECKV_INLINED {
+        for (int64_t row = 0; row < rows; ++row) {
+            float* const weights = scores + row * kChunkKeys;
+            std::fill(weights + visible[row], weights + kChunkKeys, kNothing);
+            float lanes[kLanes];
+            std::fill(lanes, lanes + kLanes, kNothing);
+            for (int64_t i = 0; i < kChunkKeys; i += kLanes) {
 #pragma omp simd
-            for (int64_t lane = 0; lane < kLanes; ++lane) {
-                // A NaN is passed over here, and becomes a weight below.
-                lanes[lane] = weights[i + lane] > lanes[lane] ? weights[i + lane] : lanes[lane];
+                for (int64_t lane = 0; lane < kLanes; ++lane) {
+                    // A NaN is passed over here, and becomes a weight below.
+                    lanes[lane] = weights[i + lane] > lanes[lane] ? weights[i + lane] : lanes[lane];
+                }
             }
-        }
-        float most = kNothing;
-        for (float lane : lanes) {
-            most = lane > most ? lane : most;
-        }
-        const float shift = most == kNothing ? 0.0f : most;
+            float most = kNothing;
+            for (float lane : lanes) {
+                most = lane > most ? lane : most;
+            }
+            const float shift = most == kNothing ? 0.0f : most;
 #pragma omp simd
-        for (int64_t i = 0; i < kChunkKeys; ++i) {
-            weights[i] = exp_or_zero((weights[i] - shift) * scale);
+            for (int64_t i = 0; i < kChunkKeys; ++i) {
+                weights[i] = exp_or_zero((weights[i] - shift) * scale);
+            }
+            Floats total = {};
+            for (int64_t i = 0; i < kChunkKeys; i += kLanes) {
+                Floats some;
+                load(weights + i, some);
+                total += some;
+            }
+            largest_scores[row] = most;
+            sums[row] = sum_lanes(total);
         }
-        Floats total = {};
-        for (int64_t i = 0; i < kChunkKeys; i += kLanes) {
-            Floats some;
-            load(weights + i, some);
-            total += some;
-        }
-        largest_scores[row] = most;
-        sums[row] = sum_lanes(total);
-    }
+    });
 }
 
 // Some rows and some vectors of a row at a time: a single sum would wait for its own result at every key.
@@ -229,23 +235,29 @@ SPECKV_INLINE void add_all_values(
     }
 }
 
-SPECKV_CLONES void add_values(
+void add_values(
     const float* weights, int64_t stride, int64_t rows, const float* values, int64_t count, int64_t width, float* out) {
-    add_all_values(weights, stride, rows, values, count, width, out);
+    in_widest_units([=]() SPECKV_INLINED {
+        add_all_values(weights, stride, rows, values, count, width, out);
+    });
 }
 
-SPECKV_CLONES void add_values_of_bfloat16(
+void add_values_of_bfloat16(
     const float* weights, int64_t stride, int64_t rows, const uint16_t* values, int64_t count, int64_t width,
     float* out) {
-    add_all_values(weights, stride, rows, values, count, width, out);
+    in_widest_units([=]() SPECKV_INLINED {
+        add_all_values(weights, stride, rows, values, count, width, out);
+    });
 }
 
 // out[i] += factor * values[i]
-SPECKV_CLONES void add_scaled(const float* values, float factor, int64_t size, float* out) {
+void add_scaled(const float* values, float factor, int64_t size, float* out) {
+    in_widest_units([=]() SPECKV_INLINED {
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-        out[i] += factor * values[i];
-    }
+        for (int64_t i = 0; i < size; ++i) {
+            out[i] += factor * values[i];
+        }
+    });
 }
 
 }  // namespace

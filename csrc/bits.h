@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "clones.h"
+#include "units.h"
 
 namespace speckv {
 
@@ -19,6 +19,10 @@ SPECKV_INLINE uint32_t to_bits(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof(bits));
     return bits;
+}
+
+SPECKV_INLINE void shift_bits(float value, int count, float& shifted) {
+    shifted = from_bits(to_bits(value) << count);
 }
 
 }  // namespace speckv

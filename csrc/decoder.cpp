@@ -276,17 +276,19 @@ private:
 
 }  // namespace
 
-SPECKV_CLONES void normalize(const float* x, const float* weight, int64_t size, float epsilon, float* out) {
-    float sum = 0;
+void normalize(const float* x, const float* weight, int64_t size, float epsilon, float* out) {
+    in_widest_units([=]() SPECKV_INLINED {
+        float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < size; ++i) {
-        sum += x[i] * x[i];
-    }
-    const float factor = 1.0f / std::sqrt(sum / static_cast<float>(size) + epsilon);
+        for (int64_t i = 0; i < size; ++i) {
+            sum += x[i] * x[i];
+        }
+        const float factor = 1.0f / std::sqrt(sum / static_cast<float>(size) + epsilon);
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-        out[i] = x[i] * factor * weight[i];
-    }
+        for (int64_t i = 0; i < size; ++i) {
+            out[i] = x[i] * factor * weight[i];
+        }
+    });
 }
 
 void multiply(const Matrix& matrix, Team& team, const Inputs& inputs, float* out) {

@@ -39,26 +39,24 @@ DraftSample draft_sample_row(const Row& row, float temperature, float uniform, c
     const bool is_filtered = !is_greedy && filters.is_on();
     const float scale = is_greedy || is_filtered ? 1.0f : scale_of(temperature);
     RunningSums sums;
-    BlockBuffer buffer;
-    for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t start = i * kBlockSize;
-        const auto [block, maximum] = load_block_and_largest(row, start, buffer.values);
-        if (maximum > sums.maximum) {
-            sums.raise_maximum(maximum, start);
+    int64_t i = 0;
+    for (Blocks of_row(row); !of_row.are_over(); of_row.advance(), ++i) {
+        if (of_row.largest() > sums.maximum) {
+            sums.raise_maximum(of_row.largest(), of_row.start());
         }
         shifts[i] = sums.maximum;
         masses[i] = 0.0;
-        if (maximum == -kInfinity) {
-            if (has_nan(block.values, block.size)) {
+        if (of_row.largest() == -kInfinity) {
+            if (has_nan(of_row.values(), of_row.size())) {
                 return {};
             }
             continue;
         }
-        const ExpSums block_sums = exp_sums(block.values, block.size, sums.maximum);
+        const ExpSums block_sums = exp_sums(of_row.values(), of_row.size(), sums.maximum, of_row.ahead());
         sums.total += block_sums.sum;
         sums.weighted += block_sums.weighted;
         // At temperature 1, and when greedy or filtered, where the masses are not needed, one exp serves for both.
-        masses[i] = scale == 1.0f ? block_sums.sum : exp_sum(block.values, block.size, sums.maximum, scale);
+        masses[i] = scale == 1.0f ? block_sums.sum : exp_sum(of_row.values(), of_row.size(), sums.maximum, scale);
     }
     if (!std::isfinite(sums.maximum) || !std::isfinite(sums.total)) {
         return {};

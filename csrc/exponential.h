@@ -3,7 +3,8 @@
 #pragma once
 
 #include "bits.h"
-#include "clones.h"
+#include "units.h"
+#include "vectors.h"
 
 namespace speckv {
 
@@ -13,18 +14,26 @@ constexpr float kSmallestExponent = -87.0f;  // exp(-87) is 1.6e-38, still a nor
 // (x86 before AVX2) within 35. x = n ln2 + r with |r| <= ln2/2: the sum with kRound leaves n + 127 in the low bits, 2^n
 // is those bits moved to the exponent, and e^r is a polynomial fitted to relative error 9.2e-8. One product is enough
 // for r because float(ln2) is within 2e-9 of ln2.
-SPECKV_INLINE float exp_in_range(float x) {
+template <class T>  // float, or Floats
+SPECKV_INLINE void exp_in_range(const T& x, T& result) {
     constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23 and the exponent's bias
-    const float rounded = x * 1.44269504f + kRound;
-    const float n = rounded - kRound;
-    const float r = x - n * 0.693147181f;
-    float e = 0.008290272206068039f;
-    e = e * r + 0.04189816117286682f;
+    const T rounded = x * 1.44269504f + kRound;
+    const T n = rounded - kRound;
+    const T r = x - n * 0.693147181f;
+    T e = r * 0.008290272206068039f + 0.04189816117286682f;
     e = e * r + 0.1666763871908188f;
     e = e * r + 0.4999914765357971f;
     e = e * r + 0.9999997019767761f;
     e = e * r + 1.0f;
-    return e * from_bits(to_bits(rounded) << 23);
+    T power;
+    shift_bits(rounded, 23, power);
+    result = e * power;
+}
+
+SPECKV_INLINE float exp_in_range(float x) {
+    float result;
+    exp_in_range(x, result);
+    return result;
 }
 
 // The comparison is written so that a NaN stays one.

@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "checks.h"
-#include "clones.h"
+#include "units.h"
 #include "tensors.h"
 
 namespace speckv {
@@ -19,24 +19,26 @@ constexpr int64_t kPrefetchBytes = 4096;  // as in linear_int8.cpp
 constexpr int64_t kStepBytes = 4 * sizeof(Words);
 
 // The sum of the 8-byte words of a buffer; what is left behind the last whole step is not read.
-SPECKV_CLONES uint64_t read_words(const std::byte* start, int64_t bytes) {
-    Words sums[4] = {};
-    for (int64_t i = 0; i + kStepBytes <= bytes; i += kStepBytes) {
+uint64_t read_words(const std::byte* start, int64_t bytes) {
+    return in_widest_units([=]() SPECKV_INLINED {
+        Words sums[4] = {};
+        for (int64_t i = 0; i + kStepBytes <= bytes; i += kStepBytes) {
 #pragma GCC unroll 4
-        for (int64_t part = 0; part < 4; ++part) {
-            const std::byte* const from = start + i + part * sizeof(Words);
-            __builtin_prefetch(from + kPrefetchBytes);
-            Words words;
-            std::memcpy(&words, from, sizeof(words));
-            sums[part] += words;
+            for (int64_t part = 0; part < 4; ++part) {
+                const std::byte* const from = start + i + part * sizeof(Words);
+                __builtin_prefetch(from + kPrefetchBytes);
+                Words words;
+                std::memcpy(&words, from, sizeof(words));
+                sums[part] += words;
+            }
         }
-    }
-    const Words sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    uint64_t total = 0;
-    for (int64_t lane = 0; lane < 8; ++lane) {
-        total += sum[lane];
-    }
-    return total;
+        const Words sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        uint64_t total = 0;
+        for (int64_t lane = 0; lane < 8; ++lane) {
+            total += sum[lane];
+        }
+        return total;
+    });
 }
 
 // Reads a contiguous buffer `repeats` times.

@@ -69,10 +69,12 @@ SPECKV_INLINE void multiply_rows(
 
 }  // namespace
 
-SPECKV_CLONES void multiply_tile(
+void multiply_tile(
     const Int8Weights& weights, int64_t begin, int64_t end, const Chunk* x, int64_t stride, int64_t inputs, float* out,
     int64_t out_stride) {
-    SPECKV_BY_INPUTS(inputs, multiply_rows, weights, begin, end, x, stride, out, out_stride)
+    in_widest_units([=]() SPECKV_INLINED {
+        SPECKV_BY_INPUTS(inputs, multiply_rows, weights, begin, end, x, stride, out, out_stride)
+    });
 }
 
 void arrange(const Row& row, Chunk* chunks) {

@@ -6,7 +6,7 @@
 #include <numeric>
 
 #include "checks.h"
-#include "clones.h"
+#include "units.h"
 #include "products.h"
 
 namespace speckv {
@@ -127,25 +127,27 @@ void Inputs::arrange_for(const Matrix& matrix) {
 
 namespace {
 
-SPECKV_CLONES float largest_magnitude(const float* values, int64_t size) {
-    float found = 0;
+float largest_magnitude(const float* values, int64_t size) {
+    return in_widest_units([=]() SPECKV_INLINED {
+        float found = 0;
 #pragma omp simd reduction(max : found)
-    for (int64_t i = 0; i < size; ++i) {
-        const float magnitude = std::fabs(values[i]);
-        found = magnitude > found ? magnitude : found;
-    }
-    return found;
+        for (int64_t i = 0; i < size; ++i) {
+            const float magnitude = std::fabs(values[i]);
+            found = magnitude > found ? magnitude : found;
+        }
+        return found;
+    });
 }
 
-// out[i] = 128 + values[i] * factor, rounded to even: the sum with 1.5 * 2^23 leaves the rounded value in its low bits.
-SPECKV_CLONES void round_to_byte(const float* values, int64_t size, float factor, uint8_t* out) {
+// out[i] = 128 + values[i] * factor, rounded to even. The product is rounded first, as in PyTorch: half the largest value
+// makes it 63.5, and a fused multiply-add would tell from the last bit of factor which way that goes.
+void round_to_byte(const float* values, int64_t size, float factor, uint8_t* out) {
+    in_widest_units([=]() SPECKV_INLINED {
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-        const float shifted = values[i] * factor + (12582912.0f + 128.0f);
-        uint32_t bits;
-        std::memcpy(&bits, &shifted, sizeof(bits));
-        out[i] = static_cast<uint8_t>(bits);
-    }
+        for (int64_t i = 0; i < size; ++i) {
+            out[i] = static_cast<uint8_t>(static_cast<int32_t>(std::rint(values[i] * factor)) + 128);
+        }
+    });
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 #include "products.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 
 #include "linear_int8.h"
@@ -469,65 +468,55 @@ SPECKV_BF16_UNITS void block_in_units(
 }
 #endif
 
-bool detect_bf16_units() {
-    const char* const wanted = std::getenv("SPECKV_BF16_UNITS");
-    if (wanted != nullptr && std::strcmp(wanted, "0") == 0) {
-        return false;
-    }
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#else
-    return false;
-#endif
-}
-
-SPECKV_CLONES void bfloat16_anywhere(
+void bfloat16_anywhere(
     const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, int64_t inputs, float* out,
     int64_t stride) {
-    SPECKV_BY_INPUTS(inputs, rows_bfloat16, weights, rows, columns, x, out, stride)
+    in_widest_units([=]() SPECKV_INLINED {
+        SPECKV_BY_INPUTS(inputs, rows_bfloat16, weights, rows, columns, x, out, stride)
+    });
 }
 
-SPECKV_CLONES void four_bit_anywhere(
+void four_bit_anywhere(
     const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table, int64_t columns,
     const uint16_t* x, int64_t inputs, float* out, int64_t stride) {
-    SPECKV_BY_INPUTS(inputs, block_four_bit, indices, scale, scale_stride, table, columns, x, out, stride)
+    in_widest_units([=]() SPECKV_INLINED {
+        SPECKV_BY_INPUTS(inputs, block_four_bit, indices, scale, scale_stride, table, columns, x, out, stride)
+    });
 }
 
-SPECKV_CLONES void bytes_anywhere(
+void bytes_anywhere(
     const int8_t* weights, int64_t rows, int64_t columns, const uint8_t* x, int64_t inputs, int32_t* out,
     int64_t stride) {
-    for (int64_t row = 0; row < rows; ++row) {
-        const int8_t* const values = weights + row * columns;
-        for (int64_t input = 0; input < inputs; ++input) {
-            const uint8_t* const by = x + input * columns;
-            int32_t sum = 0;
+    in_widest_units([=]() SPECKV_INLINED {
+        for (int64_t row = 0; row < rows; ++row) {
+            const int8_t* const values = weights + row * columns;
+            for (int64_t input = 0; input < inputs; ++input) {
+                const uint8_t* const by = x + input * columns;
+                int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < columns; ++i) {
-                sum += static_cast<int16_t>(values[i]) * static_cast<int16_t>(by[i]);
+                for (int64_t i = 0; i < columns; ++i) {
+                    sum += static_cast<int16_t>(values[i]) * static_cast<int16_t>(by[i]);
+                }
+                out[input * stride + row] = sum;
             }
-            out[input * stride + row] = sum;
         }
-    }
+    });
 }
 
 }  // namespace
 
-bool has_bf16_units() {
-    static const bool has = detect_bf16_units();
-    return has;
-}
-
-SPECKV_CLONES void multiply_float32(
+void multiply_float32(
     const float* weights, int64_t rows, int64_t columns, const float* x, int64_t inputs, float* out, int64_t stride) {
-    SPECKV_BY_INPUTS(inputs, rows_float32, weights, rows, columns, x, out, stride)
+    in_widest_units([=]() SPECKV_INLINED {
+        SPECKV_BY_INPUTS(inputs, rows_float32, weights, rows, columns, x, out, stride)
+    });
 }
 
 void multiply_bfloat16(
     const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, int64_t inputs, Walk walk,
     float* out, int64_t stride) {
 #if defined(__x86_64__)
-    if (has_bf16_units()) {
+    if (units() == Units::kBf16) {
         SPECKV_BY_UP_TO_EIGHT(inputs, rows_in_units, weights, rows, columns, x, walk, out, stride)
     }
 #endif
@@ -541,7 +530,7 @@ void multiply_four_bit(
     const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table, int64_t columns,
     const uint16_t* x, int64_t inputs, Walk walk, float* out, int64_t stride) {
 #if defined(__x86_64__)
-    if (has_bf16_units()) {
+    if (units() == Units::kBf16) {
         SPECKV_BY_UP_TO_SIX(inputs, block_in_units, indices, scale, scale_stride, table, columns, x, walk, out, stride)
     }
 #endif
@@ -555,7 +544,7 @@ void multiply_bytes(
     const int8_t* weights, int64_t rows, int64_t columns, const uint8_t* x, int64_t inputs, Walk walk, int32_t* out,
     int64_t stride) {
 #if defined(__x86_64__)
-    if (has_bf16_units()) {
+    if (units() == Units::kBf16) {
         SPECKV_BY_UP_TO_EIGHT(inputs, bytes_in_units, weights, rows, columns, x, walk, out, stride)
     }
 #endif

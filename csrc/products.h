@@ -1,9 +1,8 @@
 // The inner loops of a product of weights with a few rows of inputs, one for each format of weights: up to kWideTile
 // of them for bf16 and for int8 with 8-bit inputs, kTileUnpacked for 4 bits, kTileInputs for fp32.
 //
-// Where a processor multiplies pairs of bf16 (AVX512-BF16) there is a second build of all but the fp32 loops for it,
-// chosen when the process starts; where sums are not exact those of the two round differently. SPECKV_BF16_UNITS=0 in the
-// environment leaves those units alone.
+// Where a processor multiplies pairs of bf16 there are loops of their own for all but fp32 (see units.h); where sums are
+// not exact they round differently.
 
 #pragma once
 
@@ -34,7 +33,5 @@ void multiply_four_bit(
 void multiply_bytes(
     const int8_t* weights, int64_t rows, int64_t columns, const uint8_t* x, int64_t inputs, Walk walk, int32_t* out,
     int64_t stride);
-
-bool has_bf16_units();
 
 }  // namespace speckv

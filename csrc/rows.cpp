@@ -46,15 +46,14 @@ Distribution distribution(const Row& row, float scale, std::vector<double>& mass
     const int64_t blocks = block_count(row.size);
     masses.resize(blocks);
     shifts.resize(blocks);
-    BlockBuffer buffer;
     float shift = -kInfinity;
-    for (int64_t i = 0; i < blocks; ++i) {
-        const auto [block, maximum] = load_block_and_largest(row, i * kBlockSize, buffer.values);
-        shift = std::max(shift, maximum);
+    int64_t i = 0;
+    for (Blocks of_row(row); !of_row.are_over(); of_row.advance(), ++i) {
+        shift = std::max(shift, of_row.largest());
         shifts[i] = shift;
-        if (maximum > -kInfinity) {
-            masses[i] = exp_sum(block.values, block.size, shift, scale);
-        } else if (has_nan(block.values, block.size)) {
+        if (of_row.largest() > -kInfinity) {
+            masses[i] = exp_sum(of_row.values(), of_row.size(), shift, scale, of_row.ahead());
+        } else if (has_nan(of_row.values(), of_row.size())) {
             return {};
         } else {
             masses[i] = 0.0;

@@ -59,6 +59,48 @@ inline BlockAndLargest load_block_and_largest(const Row& row, int64_t start, flo
     return {block, largest(block.values, block.size)};
 }
 
+// The blocks of a row in order, each with its largest logit.
+class Blocks {
+public:
+    explicit Blocks(const Row& row) : row_(row), current_(load_block_and_largest(row, 0, buffers_[0].values)) {}
+
+    bool are_over() const { return start_ >= row_.size; }
+    int64_t start() const { return start_; }
+    const float* values() const { return current_.block.values; }
+    int64_t size() const { return current_.block.size; }
+    float largest() const { return current_.largest; }
+
+    // The next block, for a sum that is given it to load; null where advance() has to.
+    Ahead* ahead() {
+        const int64_t next = start_ + kBlockSize;
+        if (row_.dtype != Dtype::kBFloat16 || next >= row_.size) {
+            return nullptr;
+        }
+        is_ahead_ = true;
+        ahead_ = {static_cast<const uint16_t*>(row_.logits) + next, std::min(kBlockSize, row_.size - next),
+                  buffers_[next / kBlockSize % 2].values, 0.0f};
+        return &ahead_;
+    }
+
+    void advance() {
+        start_ += kBlockSize;
+        if (is_ahead_) {
+            current_ = {{ahead_.dst, ahead_.size}, ahead_.largest};
+        } else if (!are_over()) {
+            current_ = load_block_and_largest(row_, start_, buffers_[start_ / kBlockSize % 2].values);
+        }
+        is_ahead_ = false;
+    }
+
+private:
+    Row row_;
+    int64_t start_ = 0;
+    BlockBuffer buffers_[2];
+    BlockAndLargest current_;
+    Ahead ahead_;
+    bool is_ahead_ = false;
+};
+
 // out[i] = values[i], rounded to nearest even.
 inline void narrow(const float* values, int64_t size, Dtype dtype, void* out) {
     if (dtype == Dtype::kFloat32) {

@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "bits.h"
-#include "clones.h"
+#include "units.h"
 #include "exponential.h"
 #include "vectors.h"
 
@@ -57,27 +57,51 @@ SPECKV_INLINE float load_rest(const uint16_t* src, int64_t begin, int64_t size, 
 }
 
 // GCC gives this loop half vectors, and compares under a mask.
-SPECKV_CLONES float load_and_compare(const uint16_t* src, int64_t size, float* dst) {
-    const int64_t half = size / 2;
-    float a = kNegativeInfinity;
-    float b = a;
+float load_and_compare(const uint16_t* src, int64_t size, float* dst) {
+    return in_widest_units([=]() SPECKV_INLINED {
+        const int64_t half = size / 2;
+        float a = kNegativeInfinity;
+        float b = a;
 #pragma omp simd reduction(max : a, b)
-    for (int64_t i = 0; i < half; ++i) {
-        const float x = float_from_bfloat16(src[i]);
-        const float y = float_from_bfloat16(src[i + half]);
-        dst[i] = x;
-        dst[i + half] = y;
-        a = x > a ? x : a;
-        b = y > b ? y : b;
-    }
-    return load_rest(src, 2 * half, size, dst, std::max(a, b));
+        for (int64_t i = 0; i < half; ++i) {
+            const float x = float_from_bfloat16(src[i]);
+            const float y = float_from_bfloat16(src[i + half]);
+            dst[i] = x;
+            dst[i + half] = y;
+            a = x > a ? x : a;
+            b = y > b ? y : b;
+        }
+        return load_rest(src, 2 * half, size, dst, std::max(a, b));
+    });
 }
 
 #ifdef SPECKV_AVX512
-// A third faster. Only for units of this width: elsewhere GCC compares such vectors one element at a time.
-SPECKV_AVX512 float load_and_compare_avx512(const uint16_t* src, int64_t size, float* dst) {
+SPECKV_INLINE void load_and_compare_two(const uint16_t* src, float* dst, Floats* maxima) {
     using Halves = uint16_t __attribute__((vector_size(64)));
     using Wholes = uint32_t __attribute__((vector_size(128)));
+    Halves halves;
+    std::memcpy(&halves, src, sizeof(halves));
+    const Wholes wholes = __builtin_convertvector(halves, Wholes) << 16;
+    Floats floats[2];
+    std::memcpy(floats, &wholes, sizeof(floats));
+#pragma GCC unroll 2
+    for (int64_t part = 0; part < 2; ++part) {
+        store(floats[part], dst + part * kLanes);
+        maxima[part] = floats[part] > maxima[part] ? floats[part] : maxima[part];
+    }
+}
+
+SPECKV_INLINE float largest_lane(const Floats& lanes) {
+    float found = kNegativeInfinity;
+#pragma omp simd reduction(max : found)
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+        found = lanes[lane] > found ? lanes[lane] : found;
+    }
+    return found;
+}
+
+// A third faster. Only for units of this width: elsewhere GCC compares such vectors one element at a time.
+SPECKV_AVX512 float load_and_compare_avx512(const uint16_t* src, int64_t size, float* dst) {
     constexpr int64_t kStep = 4 * kLanes;
     Floats maxima[4];
     for (Floats& lanes : maxima) {
@@ -87,64 +111,110 @@ SPECKV_AVX512 float load_and_compare_avx512(const uint16_t* src, int64_t size, f
     for (; i + kStep <= size; i += kStep) {
 #pragma GCC unroll 2
         for (int64_t part = 0; part < 4; part += 2) {
-            Halves halves;
-            std::memcpy(&halves, src + i + part * kLanes, sizeof(halves));
-            const Wholes wholes = __builtin_convertvector(halves, Wholes) << 16;
-            Floats floats[2];
-            std::memcpy(floats, &wholes, sizeof(floats));
-            store(floats[0], dst + i + part * kLanes);
-            store(floats[1], dst + i + (part + 1) * kLanes);
-            maxima[part] = floats[0] > maxima[part] ? floats[0] : maxima[part];
-            maxima[part + 1] = floats[1] > maxima[part + 1] ? floats[1] : maxima[part + 1];
+            load_and_compare_two(src + i + part * kLanes, dst + i + part * kLanes, maxima + part);
         }
     }
     maxima[0] = maxima[1] > maxima[0] ? maxima[1] : maxima[0];
     maxima[2] = maxima[3] > maxima[2] ? maxima[3] : maxima[2];
     maxima[0] = maxima[2] > maxima[0] ? maxima[2] : maxima[0];
-    float maximum = kNegativeInfinity;
-#pragma omp simd reduction(max : maximum)
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-        maximum = maxima[0][lane] > maximum ? maxima[0][lane] : maximum;
+    return load_rest(src, i, size, dst, largest_lane(maxima[0]));
+}
+
+// Sums of e = exp((values - shift) * scale), and of (values - shift) * e where is_weighted, whose scale is 1; on the way
+// `next` is loaded: that takes other units than exp, and half the time that it takes alone.
+template <bool is_weighted>
+SPECKV_AVX512 ExpSums exp_sums_avx512(const float* values, int64_t size, float shift, float scale, Ahead* next) {
+    constexpr int64_t kStep = 2 * kLanes;
+    const int64_t ahead = next == nullptr ? 0 : std::min(size, next->size) / kStep * kStep;
+    Floats sums[2] = {}, weighted_sums[2] = {}, maxima[2];
+    maxima[0] = maxima[1] = Floats{} + kNegativeInfinity;
+    int64_t i = 0;
+    for (; i + kStep <= size; i += kStep) {
+        if (i < ahead) {
+            load_and_compare_two(next->src + i, next->dst + i, maxima);
+        }
+        Floats x[2], e[2];
+#pragma GCC unroll 2
+        for (int64_t part = 0; part < 2; ++part) {
+            load(values + i + part * kLanes, x[part]);
+            x[part] -= shift;
+            if constexpr (!is_weighted) {
+                x[part] *= scale;
+            }
+            x[part] = kSmallestExponent > x[part] ? Floats{} + kSmallestExponent : x[part];
+        }
+        exp_in_range(x[0], e[0]);
+        exp_in_range(x[1], e[1]);
+#pragma GCC unroll 2
+        for (int64_t part = 0; part < 2; ++part) {
+            sums[part] += e[part];
+            if constexpr (is_weighted) {
+                weighted_sums[part] += x[part] * e[part];
+            }
+        }
     }
-    return load_rest(src, i, size, dst, maximum);
+    ExpSums found{sum_lanes(sums[0] + sums[1]), is_weighted ? sum_lanes(weighted_sums[0] + weighted_sums[1]) : 0.0f};
+    for (; i < size; ++i) {
+        const float x = raise_to_range(is_weighted ? values[i] - shift : (values[i] - shift) * scale);
+        const float e = exp_in_range(x);
+        found.sum += e;
+        found.weighted += x * e;
+    }
+    if (next != nullptr) {
+        const float so_far = largest_lane(maxima[1] > maxima[0] ? maxima[1] : maxima[0]);
+        next->largest = load_rest(next->src, ahead, next->size, next->dst, so_far);
+    }
+    return found;
 }
 #endif
 
+void load_ahead(Ahead* next) {
+    if (next != nullptr) {
+        next->largest = load_bfloat16_and_largest(next->src, next->size, next->dst);
+    }
+}
+
 }  // namespace
 
-SPECKV_CLONES void load_bfloat16(const uint16_t* src, int64_t size, float* dst) {
+void load_bfloat16(const uint16_t* src, int64_t size, float* dst) {
+    in_widest_units([=]() SPECKV_INLINED {
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-        dst[i] = float_from_bfloat16(src[i]);
-    }
+        for (int64_t i = 0; i < size; ++i) {
+            dst[i] = float_from_bfloat16(src[i]);
+        }
+    });
 }
 
-SPECKV_CLONES void load_float16(const uint16_t* src, int64_t size, float* dst) {
+void load_float16(const uint16_t* src, int64_t size, float* dst) {
+    in_widest_units([=]() SPECKV_INLINED {
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-        dst[i] = float_from_float16(src[i]);
-    }
+        for (int64_t i = 0; i < size; ++i) {
+            dst[i] = float_from_float16(src[i]);
+        }
+    });
 }
 
-SPECKV_CLONES void store_bfloat16(const float* src, int64_t size, uint16_t* dst) {
+void store_bfloat16(const float* src, int64_t size, uint16_t* dst) {
+    in_widest_units([=]() SPECKV_INLINED {
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-        dst[i] = bfloat16_from_float(src[i]);
-    }
+        for (int64_t i = 0; i < size; ++i) {
+            dst[i] = bfloat16_from_float(src[i]);
+        }
+    });
 }
 
-SPECKV_CLONES void store_float16(const float* src, int64_t size, uint16_t* dst) {
+void store_float16(const float* src, int64_t size, uint16_t* dst) {
+    in_widest_units([=]() SPECKV_INLINED {
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-        dst[i] = float16_from_float(src[i]);
-    }
+        for (int64_t i = 0; i < size; ++i) {
+            dst[i] = float16_from_float(src[i]);
+        }
+    });
 }
 
 float load_bfloat16_and_largest(const uint16_t* src, int64_t size, float* dst) {
 #ifdef SPECKV_AVX512
-    static const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (has_avx512) {
+    if (units() >= Units::kAvx512) {
         return load_and_compare_avx512(src, size, dst);
     }
 #endif
@@ -152,121 +222,153 @@ float load_bfloat16_and_largest(const uint16_t* src, int64_t size, float* dst) {
 }
 
 // Four chains of comparisons side by side: one would wait for its own result at every step.
-SPECKV_CLONES float largest(const float* values, int64_t size) {
-    const int64_t quarter = size / 4;
-    float a = kNegativeInfinity;
-    float b = a;
-    float c = a;
-    float d = a;
+float largest(const float* values, int64_t size) {
+    return in_widest_units([=]() SPECKV_INLINED {
+        const int64_t quarter = size / 4;
+        float a = kNegativeInfinity;
+        float b = a;
+        float c = a;
+        float d = a;
 #pragma omp simd reduction(max : a, b, c, d)
-    for (int64_t i = 0; i < quarter; ++i) {
-        a = values[i] > a ? values[i] : a;
-        b = values[i + quarter] > b ? values[i + quarter] : b;
-        c = values[i + 2 * quarter] > c ? values[i + 2 * quarter] : c;
-        d = values[i + 3 * quarter] > d ? values[i + 3 * quarter] : d;
-    }
-    for (int64_t i = 4 * quarter; i < size; ++i) {
-        a = values[i] > a ? values[i] : a;
-    }
-    return std::max(std::max(a, b), std::max(c, d));
-}
-
-SPECKV_CLONES void group_maxima(const float* values, int64_t size, float* out) {
-    for (int64_t start = 0; start < size; start += kGroupSize) {
-        const float* group = values + start;
-        float maximum = kNegativeInfinity;
-        if (size - start >= kGroupSize) {
-#pragma omp simd reduction(max : maximum)
-            for (int64_t i = 0; i < kGroupSize; ++i) {
-                maximum = group[i] > maximum ? group[i] : maximum;
-            }
-        } else {
-            for (int64_t i = 0; i < size - start; ++i) {
-                maximum = group[i] > maximum ? group[i] : maximum;
-            }
+        for (int64_t i = 0; i < quarter; ++i) {
+            a = values[i] > a ? values[i] : a;
+            b = values[i + quarter] > b ? values[i + quarter] : b;
+            c = values[i + 2 * quarter] > c ? values[i + 2 * quarter] : c;
+            d = values[i + 3 * quarter] > d ? values[i + 3 * quarter] : d;
         }
-        *out++ = maximum;
-    }
+        for (int64_t i = 4 * quarter; i < size; ++i) {
+            a = values[i] > a ? values[i] : a;
+        }
+        return std::max(std::max(a, b), std::max(c, d));
+    });
 }
 
-SPECKV_CLONES bool has_nan(const float* values, int64_t size) {
-    int32_t found = 0;
+void group_maxima(const float* values, int64_t size, float* out) {
+    in_widest_units([=]() SPECKV_INLINED {
+        for (int64_t start = 0; start < size; start += kGroupSize) {
+            const float* group = values + start;
+            float maximum = kNegativeInfinity;
+            if (size - start >= kGroupSize) {
+#pragma omp simd reduction(max : maximum)
+                for (int64_t i = 0; i < kGroupSize; ++i) {
+                    maximum = group[i] > maximum ? group[i] : maximum;
+                }
+            } else {
+                for (int64_t i = 0; i < size - start; ++i) {
+                    maximum = group[i] > maximum ? group[i] : maximum;
+                }
+            }
+            out[start / kGroupSize] = maximum;
+        }
+    });
+}
+
+bool has_nan(const float* values, int64_t size) {
+    return in_widest_units([=]() SPECKV_INLINED {
+        int32_t found = 0;
 #pragma omp simd reduction(| : found)
-    for (int64_t i = 0; i < size; ++i) {
-        found |= (to_bits(values[i]) & 0x7fffffffu) > 0x7f800000u;
-    }
-    return found != 0;
+        for (int64_t i = 0; i < size; ++i) {
+            found |= (to_bits(values[i]) & 0x7fffffffu) > 0x7f800000u;
+        }
+        return found != 0;
+    });
 }
 
-SPECKV_CLONES int64_t find_first(const float* values, int64_t size, float value) {
-    int32_t first = std::numeric_limits<int32_t>::max();
+int64_t find_first(const float* values, int64_t size, float value) {
+    return in_widest_units([=]() SPECKV_INLINED {
+        int32_t first = std::numeric_limits<int32_t>::max();
 #pragma omp simd reduction(min : first)
-    for (int32_t i = 0; i < static_cast<int32_t>(size); ++i) {
-        const int32_t candidate = values[i] == value ? i : std::numeric_limits<int32_t>::max();
-        first = candidate < first ? candidate : first;
-    }
-    return first < size ? first : size;
+        for (int32_t i = 0; i < static_cast<int32_t>(size); ++i) {
+            const int32_t candidate = values[i] == value ? i : std::numeric_limits<int32_t>::max();
+            first = candidate < first ? candidate : first;
+        }
+        return first < size ? first : size;
+    });
 }
 
-SPECKV_CLONES ExpSums exp_sums(const float* values, int64_t size, float shift) {
-    float sum = 0.0f;
-    float weighted = 0.0f;
+ExpSums exp_sums(const float* values, int64_t size, float shift, Ahead* next) {
+#ifdef SPECKV_AVX512
+    if (units() >= Units::kAvx512) {
+        return exp_sums_avx512<true>(values, size, shift, 1.0f, next);
+    }
+#endif
+    load_ahead(next);
+    return in_widest_units([=]() SPECKV_INLINED {
+        float sum = 0.0f;
+        float weighted = 0.0f;
 #pragma omp simd reduction(+ : sum, weighted)
-    for (int64_t i = 0; i < size; ++i) {
-        const float x = raise_to_range(values[i] - shift);
-        const float e = exp_in_range(x);
-        sum += e;
-        weighted += x * e;
-    }
-    return {sum, weighted};
+        for (int64_t i = 0; i < size; ++i) {
+            const float x = raise_to_range(values[i] - shift);
+            const float e = exp_in_range(x);
+            sum += e;
+            weighted += x * e;
+        }
+        return ExpSums{sum, weighted};
+    });
 }
 
-SPECKV_CLONES float exp_sum(const float* values, int64_t size, float shift, float scale) {
-    float sum = 0.0f;
+float exp_sum(const float* values, int64_t size, float shift, float scale, Ahead* next) {
+#ifdef SPECKV_AVX512
+    if (units() >= Units::kAvx512) {
+        return exp_sums_avx512<false>(values, size, shift, scale, next).sum;
+    }
+#endif
+    load_ahead(next);
+    return in_widest_units([=]() SPECKV_INLINED {
+        float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < size; ++i) {
-        sum += exp_in_range(raise_to_range((values[i] - shift) * scale));
-    }
-    return sum;
+        for (int64_t i = 0; i < size; ++i) {
+            sum += exp_in_range(raise_to_range((values[i] - shift) * scale));
+        }
+        return sum;
+    });
 }
 
-SPECKV_CLONES void exp_weights(const float* values, int64_t size, float shift, float scale, float* out) {
+void exp_weights(const float* values, int64_t size, float shift, float scale, float* out) {
+    in_widest_units([=]() SPECKV_INLINED {
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-        out[i] = exp_or_zero((values[i] - shift) * scale);
-    }
+        for (int64_t i = 0; i < size; ++i) {
+            out[i] = exp_or_zero((values[i] - shift) * scale);
+        }
+    });
 }
 
-SPECKV_CLONES void multiply_by_silu(float* gate, const float* up, int64_t size) {
+void multiply_by_silu(float* gate, const float* up, int64_t size) {
+    in_widest_units([=]() SPECKV_INLINED {
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-        // exp(-|x|), whose argument is never above 0, serves both signs.
-        const float e = exp_or_zero(-std::fabs(gate[i]));
-        gate[i] = gate[i] * ((gate[i] >= 0 ? 1.0f : e) / (1.0f + e)) * up[i];
-    }
+        for (int64_t i = 0; i < size; ++i) {
+            // exp(-|x|), whose argument is never above 0, serves both signs.
+            const float e = exp_or_zero(-std::fabs(gate[i]));
+            gate[i] = gate[i] * ((gate[i] >= 0 ? 1.0f : e) / (1.0f + e)) * up[i];
+        }
+    });
 }
 
-SPECKV_CLONES float residual_weights(
+float residual_weights(
     const float* p_values, const float* q_values, int64_t size, Softmax p, Softmax q, float* out) {
-    float sum = 0.0f;
+    return in_widest_units([=]() SPECKV_INLINED {
+        float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < size; ++i) {
-        const float p_i = exp_or_zero((p_values[i] - p.shift) * p.scale) * p.inverse;
-        const float q_i = exp_or_zero((q_values[i] - q.shift) * q.scale) * q.inverse;
-        const float residual = p_i > q_i ? p_i - q_i : 0.0f;
-        out[i] = residual;
-        sum += residual;
-    }
-    return sum;
+        for (int64_t i = 0; i < size; ++i) {
+            const float p_i = exp_or_zero((p_values[i] - p.shift) * p.scale) * p.inverse;
+            const float q_i = exp_or_zero((q_values[i] - q.shift) * q.scale) * q.inverse;
+            const float residual = p_i > q_i ? p_i - q_i : 0.0f;
+            out[i] = residual;
+            sum += residual;
+        }
+        return sum;
+    });
 }
 
-SPECKV_CLONES double sum_double(const float* values, int64_t size) {
-    double sum = 0.0;
+double sum_double(const float* values, int64_t size) {
+    return in_widest_units([=]() SPECKV_INLINED {
+        double sum = 0.0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < size; ++i) {
-        sum += values[i];
-    }
-    return sum;
+        for (int64_t i = 0; i < size; ++i) {
+            sum += values[i];
+        }
+        return sum;
+    });
 }
 
 }  // namespace speckv

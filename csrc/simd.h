@@ -1,5 +1,4 @@
-// The loops over one block of a vocabulary row. They, and the one in linear_int8.cpp, are the only code here that is
-// written for vector units.
+// The loops over one block of a vocabulary row.
 //
 // Every loop reads fp32 that a load has brought into L1, so that its order of summation does not depend on the dtype of
 // the logits: equal logits give equal sums, and a residual p - q of equal distributions is exactly zero.
@@ -41,12 +40,21 @@ int64_t find_first(const float* values, int64_t size, float value);
 // The sums below take shift >= every value, finite or +inf, and carry a NaN among the values into the result. A term
 // below exp(-87) counts as exp(-87), which is nothing beside the term of the row's maximum, exp(0).
 
+// A block for load_bfloat16_and_largest, which a sum calls on the way: beside exp it takes half its time.
+struct Ahead {
+    const uint16_t* src;
+    int64_t size;
+    float* dst;
+    float largest;  // what it returned
+};
+
 struct ExpSums {
     float sum;       // of e = exp(x - shift)
     float weighted;  // of (x - shift) * e
 };
-ExpSums exp_sums(const float* values, int64_t size, float shift);
-float exp_sum(const float* values, int64_t size, float shift, float scale);  // of exp((x - shift) * scale)
+ExpSums exp_sums(const float* values, int64_t size, float shift, Ahead* next);
+// Of exp((x - shift) * scale).
+float exp_sum(const float* values, int64_t size, float shift, float scale, Ahead* next = nullptr);
 
 // softmax(x / temperature) of a row, without its elements.
 struct Softmax {

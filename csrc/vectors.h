@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "clones.h"
+#include "units.h"
 
 namespace speckv {
 
@@ -19,6 +19,14 @@ SPECKV_INLINE void load(const void* src, Floats& dst) {
 
 SPECKV_INLINE void store(const Floats& src, void* dst) {
     std::memcpy(dst, &src, sizeof(src));
+}
+
+SPECKV_INLINE void shift_bits(const Floats& values, int count, Floats& shifted) {
+    using UInt32s = uint32_t __attribute__((vector_size(64)));
+    UInt32s bits;
+    std::memcpy(&bits, &values, sizeof(bits));
+    bits <<= count;
+    std::memcpy(&shifted, &bits, sizeof(shifted));
 }
 
 template <class Half, class Whole>

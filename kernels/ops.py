@@ -9,6 +9,7 @@ import importlib.util
 import os
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -32,6 +33,7 @@ SCHEMAS = {
 }
 TRITON_OPS = ("draft_sample", "plan_gamma", "draft_step", "verify_chain")  # the others run in the reference on a GPU
 BACKENDS = ("reference", "triton", "cpu")
+VECTOR_UNITS = ("plain", "avx2", "avx512", "bf16")  # each has what those before it have, see csrc/units.h
 BUILD_ADVICE = "build it with 'pip install --no-build-isolation -e .' in the source tree (needs a C++17 compiler)"
 
 _library = torch.library.Library("speckv", "DEF")
@@ -116,7 +118,17 @@ def _load_extension():
         torch.ops.load_library(str(file))
     except OSError as error:
         return f"the C++ extension does not load ({error}): {BUILD_ADVICE}"
+    vector_units()
     return None
+
+
+def vector_units():
+    """Which build of its loops the C++ extension runs, one of VECTOR_UNITS: the widest of this machine, or what
+    SPECKV_UNITS in the environment names. Raises ImportError where that is none, or not here."""
+    try:
+        return VECTOR_UNITS[torch.ops.speckv.vector_units()]
+    except RuntimeError as error:
+        raise ImportError(str(error)) from error
 
 
 def _why_no_triton():
@@ -155,7 +167,8 @@ def _register():
 
     why = _load_extension()
     if why is None:
-        _serving["cpu"] = ("cpu", why_forced if forced else "the C++ extension is loaded")
+        why = why_forced if forced else "the C++ extension is loaded"
+        _serving["cpu"] = ("cpu", f"{why}, its {vector_units()} loops")
     elif forced == "cpu":
         raise ImportError(f"SPECKV_BACKEND=cpu: {why}")
     else:
@@ -181,34 +194,36 @@ def serving():
 
 
 _register()
+# The overloads themselves: finding the only one there is takes 0.6 µs a call.
+_calls = SimpleNamespace(**{name: getattr(torch.ops.speckv, name).default for name in SCHEMAS})
 
 
 def draft_sample(logits, temperature, uniform, top_k=None, top_p=None, min_p=None):
-    return torch.ops.speckv.draft_sample(logits, temperature, uniform, top_k, top_p, min_p)
+    return _calls.draft_sample(logits, temperature, uniform, top_k, top_p, min_p)
 
 
 def plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate=0.0):
-    return torch.ops.speckv.plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate)
+    return _calls.plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate)
 
 
 def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate=0.0,
                top_k=None, top_p=None, min_p=None):
-    return torch.ops.speckv.draft_step(
+    return _calls.draft_step(
         logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate, top_k, top_p, min_p)
 
 
 def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform,
                  top_k=None, top_p=None, min_p=None):
-    return torch.ops.speckv.verify_chain(
+    return _calls.verify_chain(
         target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform, top_k, top_p, min_p)
 
 
 def linear_int8(x, weight, scale):
-    return torch.ops.speckv.linear_int8(x, weight, scale)
+    return _calls.linear_int8(x, weight, scale)
 
 
 def decode_attention(query, key, value, scale):
-    return torch.ops.speckv.decode_attention(query, key, value, scale)
+    return _calls.decode_attention(query, key, value, scale)
 
 
 for _op in (draft_sample, plan_gamma, draft_step, verify_chain, linear_int8, decode_attention):
