@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> draft_chain(
     int64_t first, Tensor keys, Tensor values, int64_t cached, Tensor temperature, Tensor uniform,
     std::optional<Tensor> top_k, std::optional<Tensor> top_p, std::optional<Tensor> min_p, double least_confidence,
     double most_entropy, double least_survival, std::vector<Tensor> controller, double draft_ms, double rate,
-    double scale, double stands, int64_t most_counted, int64_t look_ahead) {
+    double scale, double stands, int64_t most_counted, int64_t look_ahead, int64_t others) {
     const char* const op = "draft_chain";
     const auto begun = std::chrono::steady_clock::now();
     const auto head = heads().get(op, number);
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor> draft_chain(
     const Limits limits{least_confidence, most_entropy, least_survival};
     std::optional<Worth> worth;
     if (!controller.empty()) {
-        worth.emplace(op, controller, draft_ms, rate, scale, most_counted, look_ahead);
+        worth.emplace(op, controller, draft_ms, rate, scale, most_counted, look_ahead, others);
     }
 
     const int64_t width = head->output->rows;
@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor> draft_chain(
 // the controller's acceptance of so many, and the seconds it took; the rest as in worth.h.
 std::tuple<int64_t, double, double> judge_copies(
     Tensor confidences, std::vector<Tensor> controller, double draft_ms, double rate, double scale,
-    int64_t most_counted, int64_t look_ahead) {
+    int64_t most_counted, int64_t look_ahead, int64_t others) {
     const char* const op = "judge_copies";
     const auto begun = std::chrono::steady_clock::now();
     check_shape(op, "confidences", confidences, {kAnySize});
@@ -154,7 +154,7 @@ std::tuple<int64_t, double, double> judge_copies(
     if (dtype_of(confidences) != aoti_torch_dtype_float64() || !confidences.is_contiguous() || most < 1) {
         refuse(op, "confidences must be float64, contiguous, and one or more");
     }
-    Worth worth(op, controller, draft_ms, rate, scale, most_counted, look_ahead);
+    Worth worth(op, controller, draft_ms, rate, scale, most_counted, look_ahead, others);
     const auto* const own = data<double>(confidences);
     double survival = 1.0;
     int64_t count = 0;
@@ -174,9 +174,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(speckv, m) {
           " Tensor states, int first, Tensor(d!) keys, Tensor(e!) values, int cached, Tensor temperature,"
           " Tensor uniform, Tensor? top_k, Tensor? top_p, Tensor? min_p, float least_confidence, float most_entropy,"
           " float least_survival, Tensor(f!)[] controller, float draft_ms, float rate, float scale, float stands,"
-          " int most_counted, int look_ahead) -> (Tensor logits, Tensor report)");
+          " int most_counted, int look_ahead, int others) -> (Tensor logits, Tensor report)");
     m.def("judge_copies(Tensor confidences, Tensor(a!)[] controller, float draft_ms, float rate, float scale,"
-          " int most_counted, int look_ahead) -> (int count, float acceptance, float seconds)");
+          " int most_counted, int look_ahead, int others) -> (int count, float acceptance, float seconds)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(speckv, CPU, m) {

@@ -20,8 +20,9 @@ double PassCosts::ms(int64_t positions) const {
 
 Worth::Worth(
     const char* op, const std::vector<Tensor>& tensors, double draft_ms, double rate, double scale,
-    int64_t most_counted, int64_t look_ahead)
-    : op_(op), draft_ms_(draft_ms), rate_(rate), most_counted_(most_counted), look_ahead_(look_ahead) {
+    int64_t most_counted, int64_t look_ahead, int64_t others)
+    : op_(op), draft_ms_(draft_ms), rate_(rate), most_counted_(most_counted), look_ahead_(look_ahead),
+      others_(others) {
     if (tensors.size() != 6) {
         refuse(op, "a controller is given as six tensors");
     }
@@ -30,11 +31,14 @@ Worth::Worth(
     check_controller(op, signals, w1, b1, w2, b2);
     check_shape(op, "signals", signals, {1, kSignals});
     check_shape(op, "costs", costs, {3, kAnySize});
-    if (dtype_of(costs) != aoti_torch_dtype_float64() || costs.size(1) < kNumbers) {
-        refuse(op, "costs must be float64, with at least 5 columns");
+    if (dtype_of(costs) != aoti_torch_dtype_float64() || costs.size(1) < std::max(kNumbers, look_ahead + 2)) {
+        refuse(op, "costs must be float64, with at least 5 columns and look_ahead + 2");
     }
     if (most_counted < 1 || look_ahead < 1 || look_ahead > most_counted) {
         refuse(op, "look_ahead must be in [1, most_counted]");
+    }
+    if (others < 0) {
+        refuse(op, "others must be >= 0");
     }
     check_rate(op, rate / scale);
     for (const Tensor& tensor : tensors) {
@@ -94,7 +98,8 @@ float Worth::acceptance_of(int64_t gamma) {
 
 // What a step with gamma draft tokens takes longer by so many more.
 double Worth::more_ms(int64_t gamma, int64_t more) const {
-    return static_cast<double>(more) * draft_ms_ + std::max(0.0, pass_.ms(gamma + 1 + more) - pass_.ms(gamma + 1));
+    const int64_t positions = std::min(gamma + 1 + others_, pass_.size - 1 - look_ahead_);
+    return static_cast<double>(more) * draft_ms_ + std::max(0.0, pass_.ms(positions + more) - pass_.ms(positions));
 }
 
 }  // namespace speckv

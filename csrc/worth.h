@@ -21,10 +21,11 @@ struct PassCosts {
 // The tensors are [signals, w1, b1, w2, b2, costs]: signals [1, 10] f32, those of speckv/draft_state.py, are brought up
 // to date; then the controller's; costs [3, 5 or more] f64. They must outlive this object. draft_ms is what one more
 // draft token takes; rate counts as rate / scale for the controller, which has seen drafts of up to most_counted tokens.
+// The pass has so many positions of other texts.
 class Worth {
 public:
     Worth(const char* op, const std::vector<Tensor>& tensors, double draft_ms, double rate, double scale,
-          int64_t most_counted, int64_t look_ahead);
+          int64_t most_counted, int64_t look_ahead, int64_t others);
 
     // What a token was drawn from.
     struct Drawn {
@@ -49,7 +50,7 @@ private:
     PassCosts pass_;
     float* signals_;
     double draft_ms_, rate_;
-    int64_t most_counted_, look_ahead_;
+    int64_t most_counted_, look_ahead_, others_;
     std::vector<int64_t> gammas_;
     std::vector<float> seconds_, acceptance_;
 };

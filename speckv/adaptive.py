@@ -103,7 +103,7 @@ class _AdaptiveSession(PolicySession):
             source.begin()
         self._state.write(self._signals.numpy()[0], drafted, own)
         stop_here = min(drafted + 1, LONGEST_COUNTED - 1)
-        more_ms = costs.more_ms(drafted + 1, is_estimate, LOOK_AHEAD)
+        more_ms = costs.more_ms(drafted + 1, is_estimate, LOOK_AHEAD, self.others)
         for i, ms in enumerate(more_ms):
             self._more_seconds[i] = 1 + ms / 1e3  # only the differences matter to the rule
         inputs = (self._signals, self._drafted[drafted], *self._weights, self._choices[stop_here],
@@ -127,7 +127,7 @@ class _AdaptiveSession(PolicySession):
         self._state.write(self._signals.numpy()[0], 0, NOTHING_TOLD if is_estimate else None)
         return StopRule(min(most, source.cap), worth=Worth(
             self._signals, self._weights, experience.costs.numbers, experience.costs.draft_ms(is_estimate, 1),
-            experience.rate, source.scale, NEXT_STANDS, LONGEST_COUNTED, LOOK_AHEAD))
+            experience.rate, source.scale, NEXT_STANDS, LONGEST_COUNTED, LOOK_AHEAD, self.others))
 
     def drafted(self, chain):
         self._experience.sources[chain.signals[0].is_estimate].begin()
@@ -156,7 +156,7 @@ class _AdaptiveSession(PolicySession):
     def record(self, step):
         self._state.record(step)
         # Texts that take turns to draft have missed something each time: what that takes is the price of a draft there.
-        self._experience.record(step, self._promise, self._is_warm or self.shares_passes)
+        self._experience.record(step, self._promise, self._is_warm or self.others > 0, self.others)
         self._is_warm = False in [signal.is_estimate for signal in step.signals]
         if step.signals:
             self._is_estimate = step.signals[0].is_estimate

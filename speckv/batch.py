@@ -58,14 +58,20 @@ def _step(runs):
     """A step of each run, by its index: all drafts, one pass of the target, all verdicts."""
     shares = len(runs) > 1 and _share_a_pass(runs)
     most = max(run.left for run in runs.values())
-    for run in runs.values():
-        run.policy.shares_passes, run.policy.is_ahead = shares, shares and run.left < most
-    drafts = {index: _named(index, run.draft) for index, run in runs.items()}
+    positions, drafts = dict.fromkeys(runs, 1), {}  # those of each text in the pass, as far as they are known
+    for index, run in runs.items():
+        run.policy.is_ahead = shares and run.left < most
+        run.policy.others = sum(positions.values()) - 1 if shares else 0
+        drafts[index] = _named(index, run.draft)
+        positions[index] += drafts[index].tokens.shape[1]
     started = time.perf_counter()
     read = _read(runs, drafts)
     read_ms = (time.perf_counter() - started) * 1e3
     rows = {index: draft.tokens.shape[1] + 1 for index, (draft, *_) in read.items()}
-    of_a_row = read_ms / sum(rows.values())
+    of_all = sum(rows.values())
+    of_a_row = read_ms / of_all
+    for index, run in runs.items():
+        run.policy.others = of_all - rows[index] if shares else 0
     return {index: _named(index, run.commit, *read[index], rows[index] * of_a_row) for index, run in runs.items()}
 
 

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-MOST_POSITIONS = 32     # passes over more are counted as this many
+MOST_POSITIONS = 256    # passes over more are counted as this many
 NEWEST_SHARE = 0.05     # of a new measurement, once there are many: what is 20 steps old counts a third
 LARGEST_JUMP = 1.5      # a measurement counts as at most so many times the estimate: another process was busy
 TRUSTED = 20            # measurements after which more of them make an estimate no better
@@ -27,15 +27,15 @@ class _Estimate:
         self.value = math.nan
         self.count = 0
 
-    def add(self, value):
-        if self.count == 1 and value * LARGEST_JUMP < self.value:
+    def add(self, value, weight=1.0):
+        if 0 < self.count <= 1 and value * LARGEST_JUMP < self.value:
             self.value = value
         elif self.count:
             value = min(max(value, self.value / LARGEST_JUMP), self.value * LARGEST_JUMP)
-            self.value += max(1 / (self.count + 1), NEWEST_SHARE) * (value - self.value)
+            self.value += max(weight / (self.count + weight), weight * NEWEST_SHARE) * (value - self.value)
         else:
             self.value = value
-        self.count += 1
+        self.count += weight
 
 
 class _Line:
@@ -77,9 +77,9 @@ class StepCosts:
     Where nothing was measured yet it answers with what is usual, in units of the first pass; so the first few steps of
     a run decide with rough costs.
 
-    A pass over n positions costs level * own(n). Every pass tells of the level, which a longer context or a busier
-    machine raises for all: without it a length that was measured long ago, in a shorter text, would look cheap beside
-    one that is measured now.
+    A pass over n positions, of one text or of several, costs level * own(n). Every pass tells of the level, which a
+    longer context or a busier machine raises for all: without it a length that was measured long ago, in a shorter
+    text, would look cheap beside one that is measured now.
     """
 
     def __init__(self):
@@ -100,15 +100,16 @@ class StepCosts:
         """Whether no pass was measured yet."""
         return not self._verify
 
-    def record(self, step, is_warm: bool = True) -> None:
-        """Learn from a StepRecord.
+    def record(self, step, is_warm: bool = True, others: int = 0) -> None:
+        """Learn from a StepRecord, of a pass that had so many positions of other texts; of that pass each text tells,
+        and counts by its share.
 
         Where a model did not draft in the step before (is_warm is False) its first draft token reads what it has missed
         too, and tells nothing of the next.
         """
-        positions = min(step.gamma + 1, MOST_POSITIONS)
-        self._learn_level(positions, step.verify_ms)
-        estimate, verify_ms = self._verify.get(positions), step.verify_ms / self._level
+        positions, share = min(step.gamma + 1 + others, MOST_POSITIONS), share_of_pass(step, others)
+        self._learn_level(positions, step.verify_ms / share, share)
+        estimate, verify_ms = self._verify.get(positions), step.verify_ms / share / self._level
         if estimate is None:
             if not self.is_empty:
                 # A stall would keep drafts from this length, and so from being measured at it again.
@@ -117,7 +118,7 @@ class StepCosts:
             weight, value = 0, 0.0
         else:
             weight, value = min(estimate.count, TRUSTED), estimate.value
-        estimate.add(verify_ms)
+        estimate.add(verify_ms, share)
         trials = min(estimate.count, TRUSTED)
         self._line.change(positions, weight, value, trials, estimate.value)
         table = self._table
@@ -134,11 +135,11 @@ class StepCosts:
         elif copied and not modelled:
             self._copied.add(step.draft_ms / copied)
 
-    def _learn_level(self, positions, verify_ms):
+    def _learn_level(self, positions, verify_ms, share):
         if not self.is_empty:
             level = verify_ms / self._own_ms(positions)
             level = min(max(level, self._level / LARGEST_RISE), self._level * LARGEST_RISE)
-            self._level += LEVEL_SHARE * (level - self._level)
+            self._level += share * LEVEL_SHARE * (level - self._level)
 
     def draft_ms(self, is_estimate: bool, number: int = 0) -> float:
         """Of one draft token, the first of its draft (number 0) or a later one, of a model or (is_estimate) copied
@@ -150,7 +151,7 @@ class StepCosts:
         return self._first.value if self._first.count else USUAL_DRAFT_SHARE * self.verify_ms(1)
 
     def verify_ms(self, positions: int) -> float:
-        """Of a pass of the target over so many positions, gamma + 1."""
+        """Of a pass of the target over so many positions: gamma + 1, and those of other texts."""
         return 1.0 if self.is_empty else self._level * self._own_ms(min(positions, MOST_POSITIONS))
 
     def _own_ms(self, positions):
@@ -160,25 +161,40 @@ class StepCosts:
         trials = min(own.count, TRUSTED)
         return (trials * own.value + LINE_TRIALS * line) / (trials + LINE_TRIALS)
 
-    def more_ms(self, gamma: int, is_estimate: bool, count: int) -> list[float]:
+    def more_ms(self, gamma: int, is_estimate: bool, count: int, others: int = 0) -> list[float]:
         """What a step with gamma draft tokens takes longer by one more of a kind, by two, up to count."""
-        draft_ms, verify_ms = self.draft_ms(is_estimate, gamma), self.verify_ms(gamma + 1)
-        return [i * draft_ms + max(0.0, self.verify_ms(gamma + 1 + i) - verify_ms) for i in range(1, count + 1)]
+        positions = min(gamma + 1 + others, MOST_POSITIONS - count)
+        draft_ms, verify_ms = self.draft_ms(is_estimate, gamma), self.verify_ms(positions)
+        return [i * draft_ms + max(0.0, self.verify_ms(positions + i) - verify_ms) for i in range(1, count + 1)]
 
     def step_ms(self, gamma: int, is_estimate: bool = False) -> float:
         """Of a whole step with gamma draft tokens of one kind."""
         return self._drafts_ms(gamma, is_estimate) + self.verify_ms(gamma + 1)
 
-    def usual_ms(self, step) -> float:
-        """Of a step such as this StepRecord, which may itself have been held up."""
+    def usual_ms(self, step, others: int = 0) -> float:
+        """Of a step such as this StepRecord, which may itself have been held up, with its share of the pass."""
+        return self._draft_ms_of(step) + share_of_pass(step, others) * self.verify_ms(step.gamma + 1 + others)
+
+    def lost(self, step, others: int = 0) -> float:
+        """What a step such as this StepRecord takes beyond its tokens, in plain steps: what its draft makes it longer,
+        beside what the same tokens take without."""
+        plain_ms = self.verify_ms(1 + others)
+        more_ms = self._draft_ms_of(step) + self.verify_ms(step.gamma + 1 + others) - plain_ms
+        return more_ms * (1 + others) / plain_ms - (step.tokens - 1)
+
+    def _draft_ms_of(self, step):
         copied = _copied(step)
-        return (self._drafts_ms(copied, True) + self._drafts_ms(step.gamma - copied, False)
-                + self.verify_ms(step.gamma + 1))
+        return self._drafts_ms(copied, True) + self._drafts_ms(step.gamma - copied, False)
 
     def _drafts_ms(self, count, is_estimate):
         if count == 0:
             return 0.0
         return self.draft_ms(is_estimate) + (count - 1) * self.draft_ms(is_estimate, 1)
+
+
+def share_of_pass(step, others):
+    """Of a step in the pass that verified it, which had so many positions of other texts."""
+    return (step.gamma + 1) / (step.gamma + 1 + others)
 
 
 def _copied(step):

@@ -3,13 +3,13 @@ is worth making."""
 
 from dataclasses import dataclass, field
 
-from speckv.cost import StepCosts
+from speckv.cost import StepCosts, share_of_pass
 
 FADE = 0.97               # of a step in the run's rate with each later one: about the last 30 count
 MOST_SCALE, LEAST_SCALE = 2.0, 0.2  # of the controller's promise
 SCALE_TRIALS = 8.0        # promised tokens that a scale of 1 is worth
 LEAST_CAP, RETRY_CAP = 8, 2
-FIRST_PAUSE, LONGEST_PAUSE = 8, 256  # steps without this kind of draft after it was found to cost more than it gives
+FIRST_PAUSE, LONGEST_PAUSE = 8, 256  # passes without this kind of draft after it was found to cost more than it gives
 TRIALS = 1                # drafts a pass of a batch, until drafting has proved its worth
 PLAIN_EVERY = 128         # steps after which the time of a plain step is measured again
 MOST_LOST = 1.5           # plain steps; what drafting may lose before a pause, a run of bad luck among them
@@ -23,8 +23,8 @@ class Source:
     lost: float = 0.0          # against plain decoding, in plain steps; negative for a gain
     promised: float = SCALE_TRIALS
     accepted: float = SCALE_TRIALS
-    pause: int = 0             # steps still to rest
-    next_pause: int = FIRST_PAUSE
+    pause: float = 0.0         # passes still to rest
+    next_pause: float = FIRST_PAUSE
     cap: int = LEAST_CAP       # of a draft's length
     is_on_trial: bool = True   # until it has gained as much as it may lose
     trials: int = TRIALS       # drafts that may begin before one of them is judged, while on trial
@@ -75,20 +75,22 @@ class Experience:
         for source in self.sources.values():
             source.trials = TRIALS
 
-    def record(self, step, promised, is_warm):
-        """Learn from a step, of whose draft the controller promised so many tokens; is_warm as in StepCosts."""
-        self.costs.record(step, is_warm)
-        ms = self.costs.usual_ms(step)  # so that one stall of the machine does not look like a drafter that fails
+    def record(self, step, promised, is_warm, others=0):
+        """Learn from a step, of whose draft the controller promised so many tokens; is_warm and others as in
+        StepCosts."""
+        self.costs.record(step, is_warm, others)
+        # The usual, so that one stall of the machine does not look like a drafter that fails.
+        ms = self.costs.usual_ms(step, others)
         self.tokens = FADE * self.tokens + step.tokens
         self.milliseconds = FADE * self.milliseconds + ms
         for source in self.sources.values():
-            source.pause = max(0, source.pause - 1)
+            source.pause = max(0.0, source.pause - share_of_pass(step, others))
         if step.gamma == 0:
             self.since_plain = 0
             return
         self.since_plain += 1
         source = self.sources[step.signals[0].is_estimate]
-        source.record(step.gamma, step.accepted, promised, ms / self.costs.verify_ms(1) - step.tokens)
+        source.record(step.gamma, step.accepted, promised, self.costs.lost(step, others))
 
     @property
     def wants_plain(self) -> bool:
@@ -97,5 +99,5 @@ class Experience:
 
     @property
     def rate(self) -> float:
-        """Tokens per second of the run."""
+        """Tokens per second of the run, of all texts that share its passes."""
         return 1e3 * self.tokens / self.milliseconds

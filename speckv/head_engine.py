@@ -54,10 +54,11 @@ class _Reader:
         `read`, with the numbers [1, rule.longest or more] f32 to draw with, temperature and filters [1]."""
         session, worth = self._session, rule.worth
         session.make_room(end - start + rule.longest - 1)
-        controller, numbers = [], (0.0, 1.0, 1.0, 0.0, 1, 1)
+        controller, numbers = [], (0.0, 1.0, 1.0, 0.0, 1, 1, 0)
         if worth is not None:
             controller = worth.tensors
-            numbers = (worth.draft_ms, worth.rate, worth.scale, worth.stands, worth.most_counted, worth.look_ahead)
+            numbers = (worth.draft_ms, worth.rate, worth.scale, worth.stands, worth.most_counted, worth.look_ahead,
+                       worth.others)
         logits, report = torch.ops.speckv.draft_chain(
             self._engine.number, ids, start, end, rule.longest, brought, self._state,
             self._engine.no_states if states is None else states[0].float(), first, session.keys, session.values,

@@ -24,8 +24,8 @@ class PolicySession:
 
     name = "policy"
     is_asked = False  # whether the drafter asks may_draft() before it drafts
-    shares_passes = False  # whether the text is one of several that the target reads together
-    is_ahead = False       # of those, whether another has more tokens left to decode, and so ends them
+    others = 0        # positions of other texts in the pass that verifies the step, as far as they are known
+    is_ahead = False  # whether another of those texts has more tokens left to decode, and so ends them
 
     def max_draft(self) -> int:
         """The most tokens the next step may draft; 0 is plain decoding."""

@@ -14,7 +14,8 @@ class Worth(NamedTuple):
     to date. weights are the controller's four tensors. costs [3, n] f64 are speckv.cost.StepCosts.numbers, which tell
     what a pass of the target takes; draft_ms is what one more draft token takes; rate the run's tokens a second, which
     counts as rate / scale for the controller; stands how often one more token of a model stands where all before it do.
-    The controller has seen drafts of up to most_counted tokens, and the rule looks look_ahead tokens ahead.
+    The controller has seen drafts of up to most_counted tokens, and the rule looks look_ahead tokens ahead. The
+    pass has so many positions of other texts.
     """
 
     signals: torch.Tensor
@@ -26,6 +27,7 @@ class Worth(NamedTuple):
     stands: float
     most_counted: int
     look_ahead: int
+    others: int = 0
 
     @property
     def tensors(self) -> list:
@@ -37,7 +39,7 @@ class Worth(NamedTuple):
         controller's acceptance of so many, and the seconds it took to say so. Needs the C++ kernels."""
         return torch.ops.speckv.judge_copies(
             torch.tensor(confidences, dtype=torch.float64), self.tensors, self.draft_ms, self.rate, self.scale,
-            self.most_counted, self.look_ahead)
+            self.most_counted, self.look_ahead, self.others)
 
 
 class StopRule(NamedTuple):

@@ -239,11 +239,11 @@ def test_unsure_drafts_end_whatever_the_controller_promises():
     assert longest(3.0) < longest(5.0) < longest(20.0) == 16  # confidences of 0.29, 0.75 and 1
 
 
-@pytest.mark.parametrize("shares, expected", [(False, 2.0), (True, 2.5)])
-def test_what_a_draft_has_missed_is_its_price_where_texts_take_turns(shares, expected):
+@pytest.mark.parametrize("others, expected", [(0, 2.0), (7, 2.5)])
+def test_what_a_draft_has_missed_is_its_price_where_texts_take_turns(others, expected):
     policy = Adaptive()
     session = policy.open(None)
-    session.shares_passes = shares
+    session.others = others
     for draft_ms in (0.0, 2.0, 0.0, 6.0):  # counted as 1.5 times what is usual
         gamma = int(draft_ms > 0)
         if gamma:
@@ -272,26 +272,58 @@ def test_one_kind_of_draft_rests_while_the_other_goes_on():
     assert session.max_draft() == 0
 
 
-def test_few_texts_of_a_batch_draft_until_drafting_has_proved_its_worth():
-    def drafting(accepted):
-        """How many of eight texts draft in each of the passes."""
-        policy = Adaptive(constant_controller(0.5))
-        logits = World(policy).logits
-        sessions, counts = [policy.open(None) for _ in range(8)], []
-        for _ in range(12):
+class Batch:
+    """Eight texts that one policy serves, of which each drafts at most one token a pass."""
+
+    def __init__(self, policy, pass_ms, draft_ms=2.0):
+        self.policy, self.pass_ms, self.draft_ms = policy, pass_ms, draft_ms
+        self.logits = World(policy).logits
+        self.sessions = [policy.open(None) for _ in range(8)]
+
+    def run(self, passes, accepted):
+        """How many draft in each of the passes."""
+        counts = []
+        for _ in range(passes):
             gammas = []
-            for session in sessions:
+            for session in self.sessions:
+                session.others = 7 + sum(gammas)
                 most = session.max_draft()
                 if most:
-                    session.draft(logits, torch.ones(1), torch.zeros(1), 0, None)
+                    session.draft(self.logits, torch.ones(1), torch.zeros(1), 0, None)
                 gammas.append(min(most, 1))
-            for session, gamma in zip(sessions, gammas, strict=True):
-                session.record(step(gamma, min(gamma, accepted), 2.0 * gamma, 5.0 + 0.5 * gamma))
+            rows = 8 + sum(gammas)
+            for session, gamma in zip(self.sessions, gammas, strict=True):
+                session.others = rows - 1 - gamma
+                share = self.pass_ms(rows) * (1 + gamma) / rows
+                session.record(step(gamma, min(gamma, accepted), self.draft_ms * gamma, share))
             counts.append(sum(gammas))
         return counts
+
+
+def test_few_texts_of_a_batch_draft_until_drafting_has_proved_its_worth():
+    def drafting(accepted):
+        return Batch(Adaptive(constant_controller(0.5)), lambda rows: 40.0 + 0.5 * (rows - 8)).run(12, accepted)
     helps, does_not = drafting(1), drafting(0)
     assert helps[:2] == [0, TRIALS] and helps[-1] == 8
     assert max(does_not) == TRIALS and sum(does_not) < 16
+
+
+def test_the_passes_of_a_batch_are_priced_by_the_positions_of_all_texts():
+    policy = Adaptive(constant_controller(0.5))
+    Batch(policy, lambda rows: 40.0 + 0.5 * (rows - 8)).run(60, 1)
+    costs = policy._experience[None].costs
+    assert costs.verify_ms(8) == pytest.approx(40, rel=0.01) and costs.verify_ms(16) == pytest.approx(44, rel=0.01)
+    first, second = costs.more_ms(0, False, 2, others=7)
+    assert first == pytest.approx(2.5, abs=0.1) and second == pytest.approx(5, abs=0.2)
+    # The draft, and half a millisecond of the pass; without, a token takes an eighth of 44 ms.
+    assert costs.lost(step(1, 1, 2.0, 5.5), others=15) == pytest.approx(2.5 * 16 / 44 - 1, abs=0.1)
+    assert costs.more_ms(0, False, 2, others=1000) == costs.more_ms(0, False, 2, others=2000)
+    assert costs.more_ms(0, False, 2, others=1000)[1] > 2 * 2.0
+
+
+def test_a_batch_in_which_one_more_position_costs_much_stops_drafting():
+    batch = Batch(Adaptive(constant_controller(0.9)), lambda rows: 13.0 + 3.0 * (rows - 8), draft_ms=0.5)
+    assert sum(batch.run(200, 1)[20:]) < 12  # of 1,440
 
 
 def test_a_text_that_ended_in_mid_draft_leaves_no_trial_open():

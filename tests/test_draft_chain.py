@@ -37,8 +37,8 @@ class Clock:
         return self._now
 
 
-def steps_of(monkeypatch, chains, drafter, policy, sampling, ids, length=50):
-    """The text and the steps; and how many drafts were made in one call."""
+def decoded(monkeypatch, chains, decode_text):
+    """What decode_text() returns, and how many drafts were made in one call."""
     calls = []
     with monkeypatch.context() as patched:
         chained = decode.Run._chained
@@ -50,8 +50,13 @@ def steps_of(monkeypatch, chains, drafter, policy, sampling, ids, length=50):
         patched.setattr(decode.Run, "_chained", counted)
         patched.setattr(decode.time, "perf_counter", Clock())
         torch.manual_seed(0)
-        output = speckv.generate(tiny_model(), drafter, ids, policy=policy, max_new_tokens=length, **sampling)
-    return output, sum(calls)
+        return decode_text(), sum(calls)
+
+
+def steps_of(monkeypatch, chains, drafter, policy, sampling, ids, length=50):
+    """The text and the steps; and how many drafts were made in one call."""
+    return decoded(monkeypatch, chains, lambda: speckv.generate(
+        tiny_model(), drafter, ids, policy=policy, max_new_tokens=length, **sampling))
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +96,20 @@ def test_a_chain_that_learned_costs_is_the_same(drafter, monkeypatch):
         outputs = [steps_of(monkeypatch, chains, drafter, policy, {}, prompt_ids(n), 50)[0] for n in (3, 12, 20)]
         made.append([step for output in outputs for step in output.steps])
     assert made[0] == made[1]
+
+
+def test_a_chain_beside_other_texts_is_the_same(drafter, monkeypatch):
+    requests = [{"input_ids": prompt_ids(n, seed=n).repeat(1, 2), "max_new_tokens": 20 + n} for n in (4, 9, 15)]
+    made = []
+
+    def batch():
+        return speckv.generate_batch(tiny_model(), LookupFirst(drafter), requests, policy=Adaptive(), fast=True,
+                                     eos_token_id=[])
+    for chains in (True, False):
+        outputs, calls = decoded(monkeypatch, chains, batch)
+        assert (calls > 10) == chains
+        made.append([step for output in outputs for step in output.steps])
+    assert made[0] == made[1] and sum(step.gamma for step in made[0]) > 20
 
 
 def test_a_policy_without_a_rule_is_asked_token_by_token(drafter, monkeypatch):
@@ -133,7 +152,7 @@ def test_what_does_not_fit_is_refused():
         "values": torch.zeros(1, 2, 8, 8), "cached": 0, "temperature": torch.ones(1), "uniform": torch.rand(1, 3),
         "top_k": None, "top_p": None, "min_p": None, "least_confidence": 0.0, "most_entropy": 99.0,
         "least_survival": 0.0, "controller": controller, "draft_ms": 1.0, "rate": 1.0, "scale": 1.0, "stands": 0.6,
-        "most_counted": 8, "look_ahead": 2}
+        "most_counted": 8, "look_ahead": 2, "others": 0}
     logits, report = torch.ops.speckv.draft_chain(*fine.values())
     assert logits.shape[1] == len(drafter.token_ids) and len(report) == 3 + 2 * len(logits)
 
@@ -154,7 +173,7 @@ def test_what_does_not_fit_is_refused():
             (controlled(5, torch.ones(2, 33).double()), "size 3"),
             (controlled(4, torch.full((1,), float("nan"))), "not finite"), ({"rate": -1.0}, "rate"),
             ({"scale": 0.0}, "rate"), ({"look_ahead": 0}, "look_ahead"), ({"look_ahead": 9}, "look_ahead"),
-            ({"most_counted": 0}, "look_ahead")):
+            ({"most_counted": 0}, "look_ahead"), ({"others": -1}, "others")):
         with pytest.raises(RuntimeError, match=words):
             torch.ops.speckv.draft_chain(*(fine | change).values())
 
@@ -162,7 +181,7 @@ def test_what_does_not_fit_is_refused():
 def test_copies_that_cannot_be_judged_are_refused():
     controller = [torch.zeros(1, 10), *Adaptive().controller.tensors().values(), torch.ones(3, 33).double()]
     fine = {"confidences": torch.full((4,), 0.9).double(), "controller": controller, "draft_ms": 0.1, "rate": 1.0,
-            "scale": 1.0, "most_counted": 8, "look_ahead": 2}
+            "scale": 1.0, "most_counted": 8, "look_ahead": 2, "others": 0}
     count, acceptance, seconds = torch.ops.speckv.judge_copies(*fine.values())
     assert 1 <= count <= 4 and math.isfinite(acceptance) and seconds > 0
     for change, words in (
