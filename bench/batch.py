@@ -1,7 +1,7 @@
 """Tokens a second of batches: python bench/batch.py
 
-The same prompts, of mixed lengths, in batches of several sizes; greedy, prompts included. transformers' generate pads
-them on the left. Keeps everything in bench/results/batch.json.
+The same prompts, of mixed lengths, cut into batches of several sizes; greedy, prompts included. transformers' generate
+pads them on the left. Keeps everything in bench/results/batch.json.
 """
 
 import argparse
@@ -58,10 +58,12 @@ def measure(compression, sizes, tokens, repeats):
         for size in sizes:
             for name, run in runs.items():
                 started = time.perf_counter()
-                run(prompts[:size])
+                for first in range(0, len(prompts), size):
+                    run(prompts[first:first + size])
                 if repeat:
                     seconds[name][size].append(time.perf_counter() - started)
-    return {name: {size: size * tokens / median(some) for size, some in each.items()} for name, each in seconds.items()}
+    return {name: {size: len(prompts) * tokens / median(some) for size, some in each.items()}
+            for name, each in seconds.items()}
 
 
 def main():

@@ -86,7 +86,8 @@ class _AdaptiveSession(PolicySession):
     def max_draft(self):
         self._state.begin()
         self._chained = None
-        if self.is_ahead or self._experience.wants_plain or not (self.is_asked or self.may_draft(self._is_estimate)):
+        kinds = (False, True) if self.is_asked else (self._is_estimate,)
+        if self.is_ahead or self._experience.wants_plain or not any(map(self.may_draft, kinds)):
             return 0
         return self._longest
 

@@ -270,6 +270,10 @@ def test_one_kind_of_draft_rests_while_the_other_goes_on():
     assert session.max_draft() > 0
     session.is_asked = False
     assert session.max_draft() == 0
+    session.is_asked = True
+    while session.may_draft(True):
+        session.record(step(3, 0, 9.0, 43.0, is_estimate=True))
+    assert not session.may_draft(False) and session.max_draft() == 0  # and nobody looks for a match
 
 
 class Batch:
