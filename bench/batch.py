@@ -20,6 +20,7 @@ from speckv.prompts import PROMPTS
 from speckv.terminal import encode_prompt
 
 RESULTS = Path(__file__).parent / "results" / "batch.json"
+WARM_UP_TOKENS = 8
 
 
 def padded(prompts):
@@ -30,15 +31,15 @@ def padded(prompts):
     return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
 
 
-def ways(target, drafter, tokens):
-    """{name: a function that decodes a list of prompts}."""
-    def transformers(prompts):
+def ways(target, drafter):
+    """{name: a function that decodes so many tokens behind each of a list of prompts}."""
+    def transformers(prompts, tokens):
         ids, mask = padded(prompts)
         target.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, eos_token_id=-1,
                         pad_token_id=0)
 
     def ours(policy, with_drafter):
-        def run(prompts):
+        def run(prompts, tokens):
             speckv.generate_batch(target, with_drafter, [{"input_ids": ids} for ids in prompts], policy=policy,
                                   fast=True, max_new_tokens=tokens, eos_token_id=[])
         return run
@@ -52,16 +53,17 @@ def measure(compression, sizes, tokens, repeats):
     # One of each task in turn, so that every batch is mixed.
     texts = [text for texts in zip(*PROMPTS.values(), strict=False) for text in texts][:max(sizes)]
     prompts = [encode_prompt(tokenizer, text) for text in texts]
-    runs = ways(target, speckv.load_drafter("lookup+smollm2", target), tokens)
+    runs = ways(target, speckv.load_drafter("lookup+smollm2", target))
     seconds = {name: {size: [] for size in sizes} for name in runs}
-    for repeat in range(repeats + 1):  # the first warms up
+    for run in runs.values():
+        run(prompts, WARM_UP_TOKENS)
+    for _ in range(repeats):
         for size in sizes:
             for name, run in runs.items():
                 started = time.perf_counter()
                 for first in range(0, len(prompts), size):
-                    run(prompts[first:first + size])
-                if repeat:
-                    seconds[name][size].append(time.perf_counter() - started)
+                    run(prompts[first:first + size], tokens)
+                seconds[name][size].append(time.perf_counter() - started)
     return {name: {size: len(prompts) * tokens / median(some) for size, some in each.items()}
             for name, each in seconds.items()}
 

@@ -7,8 +7,8 @@
 #include <cstring>
 
 #include "checks.h"
-#include "units.h"
 #include "tensors.h"
+#include "units.h"
 
 namespace speckv {
 namespace {

@@ -14,7 +14,7 @@ constexpr int64_t kChunk = 4 * kLanes;  // weights in one vector
 constexpr int64_t kTileInputs = 4;      // rows of x: their sums fill half of AVX-512's registers
 
 // Returns loop<inputs>(...): the loops are built for each number of inputs. A macro, because the loops must be inlined
-// into the function that is cloned for a vector unit, or has the attributes of one.
+// into what is compiled for some vector units (see units.h).
 #define SPECKV_BY_INPUTS(inputs, loop, ...) \
     switch (inputs) { \
         case 1: return loop<1>(__VA_ARGS__); \

@@ -3,11 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 
 #include "checks.h"
-#include "units.h"
 #include "products.h"
+#include "units.h"
 
 namespace speckv {
 namespace {
@@ -174,7 +175,13 @@ void Inputs::round_to_bytes(float threshold) {
             }
             largest = largest_magnitude(kept.data(), columns_);
         }
-        round_to_byte(kept.data(), columns_, largest > 0 ? 127.0f / largest : 0.0f, bytes_.data() + i * columns_);
+        if (!std::isfinite(largest) || has_nan(kept.data(), columns_)) {
+            std::fill_n(bytes_.data() + i * columns_, columns_, uint8_t{128});
+            byte_scales_[i] = std::numeric_limits<float>::quiet_NaN();
+            continue;
+        }
+        const float factor = largest > 0 ? std::min(127.0f / largest, std::numeric_limits<float>::max()) : 0.0f;
+        round_to_byte(kept.data(), columns_, factor, bytes_.data() + i * columns_);
         byte_scales_[i] = largest;
     }
     has_halves_ = true;

@@ -85,7 +85,7 @@ SPECKV_INLINE void rows_bfloat16(
     for (int64_t row = 0; row < rows; ++row) {
         const uint16_t* const values = weights + row * columns;
         Floats sums[inputs][2] = {};
-        const auto add = [&](const uint16_t* from, const uint16_t* by, int64_t distance) {
+        const auto add = [&](const uint16_t* from, const uint16_t* by, int64_t distance) SPECKV_INLINED {
             Floats even, odd;
             load_pairs(from, even, odd);
 #pragma GCC unroll 4

@@ -63,6 +63,8 @@ inline BlockAndLargest load_block_and_largest(const Row& row, int64_t start, flo
 class Blocks {
 public:
     explicit Blocks(const Row& row) : row_(row), current_(load_block_and_largest(row, 0, buffers_[0].values)) {}
+    Blocks(const Blocks&) = delete;
+    Blocks& operator=(const Blocks&) = delete;
 
     bool are_over() const { return start_ >= row_.size; }
     int64_t start() const { return start_; }
@@ -70,7 +72,7 @@ public:
     int64_t size() const { return current_.block.size; }
     float largest() const { return current_.largest; }
 
-    // The next block, for a sum that is given it to load; null where advance() has to.
+    // The next block, for a sum, which must load it; null where advance() has to.
     Ahead* ahead() {
         const int64_t next = start_ + kBlockSize;
         if (row_.dtype != Dtype::kBFloat16 || next >= row_.size) {

@@ -33,19 +33,19 @@ SPECKV_AVX512 __attribute__((noinline)) auto in_avx512(Loop loop) {
     return loop();
 }
 
-// What `loop` returns, an SPECKV_INLINED lambda that captures by value: it is compiled for each kind of units.
-template <class Loop>
+// What `loop` returns, an SPECKV_INLINED lambda that captures by value: it is compiled for each kind of units up to
+// `widest`, where wider ones have a loop of their own.
+template <Units widest = Units::kAvx512, class Loop>
 auto in_widest_units(Loop loop) {
-    switch (units()) {
-        case Units::kBf16:
-        case Units::kAvx512: return in_avx512(loop);
-        case Units::kAvx2: return in_avx2(loop);
-        case Units::kPlain: break;
+    if constexpr (widest >= Units::kAvx512) {
+        if (units() >= Units::kAvx512) {
+            return in_avx512(loop);
+        }
     }
-    return loop();
+    return units() >= Units::kAvx2 ? in_avx2(loop) : loop();
 }
 #else
-template <class Loop>
+template <Units widest = Units::kPlain, class Loop>
 auto in_widest_units(Loop loop) {
     return loop();
 }

@@ -110,7 +110,8 @@ def _extension_file():
 
 
 def _load_extension():
-    """Load the C++ kernels; returns None, or why it could not be done."""
+    """Load the C++ kernels; returns None, or why it could not be done. Raises ImportError where SPECKV_UNITS asks for
+    what they, or this machine, do not have."""
     file = _extension_file()
     if file is None:
         return f"the C++ extension is not built: {BUILD_ADVICE}"
@@ -118,6 +119,8 @@ def _load_extension():
         torch.ops.load_library(str(file))
     except OSError as error:
         return f"the C++ extension does not load ({error}): {BUILD_ADVICE}"
+    if not hasattr(torch.ops.speckv, "vector_units"):
+        return f"the C++ extension was built from an older source: {BUILD_ADVICE}"
     vector_units()
     return None
 

@@ -128,7 +128,8 @@ class _AdaptiveSession(PolicySession):
         self._state.write(self._signals.numpy()[0], 0, NOTHING_TOLD if is_estimate else None)
         return StopRule(min(most, source.cap), worth=Worth(
             self._signals, self._weights, experience.costs.numbers, experience.costs.draft_ms(is_estimate, 1),
-            experience.rate, source.scale, NEXT_STANDS, LONGEST_COUNTED, LOOK_AHEAD, self.others))
+            experience.rate, source.scale, NEXT_STANDS, LONGEST_COUNTED, LOOK_AHEAD,
+            self.others.positions))
 
     def drafted(self, chain):
         self._experience.sources[chain.signals[0].is_estimate].begin()
@@ -157,7 +158,7 @@ class _AdaptiveSession(PolicySession):
     def record(self, step):
         self._state.record(step)
         # Texts that take turns to draft have missed something each time: what that takes is the price of a draft there.
-        self._experience.record(step, self._promise, self._is_warm or self.others > 0, self.others)
+        self._experience.record(step, self._promise, self._is_warm or self.others.texts > 0, self.others)
         self._is_warm = False in [signal.is_estimate for signal in step.signals]
         if step.signals:
             self._is_estimate = step.signals[0].is_estimate

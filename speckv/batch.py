@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from speckv.cost import ALONE, Others
 from speckv.decode import is_out_of_memory, open_run
 from speckv.errors import InputError, NumericalError
 from speckv.fast import FastModel
@@ -61,35 +62,35 @@ def _step(runs):
     positions, drafts = dict.fromkeys(runs, 1), {}  # those of each text in the pass, as far as they are known
     for index, run in runs.items():
         run.policy.is_ahead = shares and run.left < most
-        run.policy.others = sum(positions.values()) - 1 if shares else 0
+        run.policy.others = Others(len(runs) - 1, sum(positions.values()) - 1) if shares else ALONE
         drafts[index] = _named(index, run.draft)
         positions[index] += drafts[index].tokens.shape[1]
     started = time.perf_counter()
-    read = _read(runs, drafts)
+    read, has_shared = _read(runs, drafts)
     read_ms = (time.perf_counter() - started) * 1e3
     rows = {index: draft.tokens.shape[1] + 1 for index, (draft, *_) in read.items()}
     of_all = sum(rows.values())
     of_a_row = read_ms / of_all
     for index, run in runs.items():
-        run.policy.others = of_all - rows[index] if shares else 0
+        run.policy.others = Others(len(runs) - 1, of_all - rows[index]) if has_shared else ALONE
     return {index: _named(index, run.commit, *read[index], rows[index] * of_a_row) for index, run in runs.items()}
 
 
 def _read(runs, drafts):
-    """Each run's draft, or what memory leaves of it, and what its target makes of that."""
+    """Each run's draft, or what memory leaves of it, and what its target makes of that; and whether in one pass."""
     if _share_a_pass(runs):
         requests = [(run.target, *run.request(drafts[index])) for index, run in runs.items()]
         wanted = next(iter(runs.values())).wants_hidden  # of the one drafter that all share
         best = all(run.takes_best for run in runs.values())
         try:
             read = FastModel.read_together(requests, wanted, best)
-            return {index: (drafts[index], *some) for index, some in zip(runs, read, strict=True)}
+            return {index: (drafts[index], *some) for index, some in zip(runs, read, strict=True)}, len(runs) > 1
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         for run in runs.values():  # some may have been read
             run.target.rollback(run.length - 1)
-    return {index: run.read(drafts[index]) for index, run in runs.items()}
+    return {index: run.read(drafts[index]) for index, run in runs.items()}, False
 
 
 def _share_a_pass(runs):

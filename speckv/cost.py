@@ -2,6 +2,7 @@
 context length has to be known in advance."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -12,9 +13,20 @@ TRUSTED = 20            # measurements after which more of them make an estimate
 LEVEL_SHARE = 0.2       # of a new measurement in what passes of all lengths have in common
 LARGEST_RISE = 1.2      # or fall of that, by one measurement
 LINE_TRIALS = 4         # what the line through all lengths is worth where one length was seldom measured
-USUAL_GROWTH = 0.03     # of a pass by one more position, before it is measured: memory-bound passes are nearly flat
+USUAL_GROWTH = 0.03     # of a pass over one by one more, before it is measured: memory-bound passes are nearly flat
 GROWTH_TRIALS = 10.0
 USUAL_DRAFT_SHARE = 0.1  # of a plain pass, what a model's draft token takes before it is measured
+
+
+class Others(NamedTuple):
+    """The other texts that share a pass with one: how many, and how many positions they have in it, as far as is known.
+    """
+
+    texts: int = 0
+    positions: int = 0
+
+
+ALONE = Others()
 
 
 class _Estimate:
@@ -28,7 +40,7 @@ class _Estimate:
         self.count = 0
 
     def add(self, value, weight=1.0):
-        if 0 < self.count <= 1 and value * LARGEST_JUMP < self.value:
+        if 0 < self.count < 1.5 and value * LARGEST_JUMP < self.value:
             self.value = value
         elif self.count:
             value = min(max(value, self.value / LARGEST_JUMP), self.value * LARGEST_JUMP)
@@ -60,7 +72,8 @@ class _Line:
         self._center, self._height = self._n / self._weight, self._value / self._weight
         spread = self._squares - self._center * self._n
         rise = self._products - self._center * self._value
-        self._slope = (rise + GROWTH_TRIALS * USUAL_GROWTH * self._height) / (spread + GROWTH_TRIALS)
+        usual = USUAL_GROWTH * self._height / (1 + USUAL_GROWTH * (self._center - 1))
+        self._slope = (rise + GROWTH_TRIALS * usual) / (spread + GROWTH_TRIALS)
 
     @property
     def numbers(self) -> tuple:
@@ -100,20 +113,19 @@ class StepCosts:
         """Whether no pass was measured yet."""
         return not self._verify
 
-    def record(self, step, is_warm: bool = True, others: int = 0) -> None:
-        """Learn from a StepRecord, of a pass that had so many positions of other texts; of that pass each text tells,
-        and counts by its share.
+    def record(self, step, is_warm: bool = True, others: Others = ALONE) -> None:
+        """Learn from a StepRecord, of a pass beside other texts; of that pass each text tells, and counts by its share.
 
         Where a model did not draft in the step before (is_warm is False) its first draft token reads what it has missed
         too, and tells nothing of the next.
         """
-        positions, share = min(step.gamma + 1 + others, MOST_POSITIONS), share_of_pass(step, others)
+        positions, share = min(step.gamma + 1 + others.positions, MOST_POSITIONS), share_of_pass(step, others)
         self._learn_level(positions, step.verify_ms / share, share)
         estimate, verify_ms = self._verify.get(positions), step.verify_ms / share / self._level
+        if (estimate is None or estimate.count < 0.99) and not self.is_empty:
+            # A stall would keep drafts from this length, and so from being measured at it again.
+            verify_ms = min(verify_ms, LARGEST_JUMP * self._line.at(positions))
         if estimate is None:
-            if not self.is_empty:
-                # A stall would keep drafts from this length, and so from being measured at it again.
-                verify_ms = min(verify_ms, LARGEST_JUMP * self._line.at(positions))
             estimate = self._verify[positions] = _Estimate()
             weight, value = 0, 0.0
         else:
@@ -161,9 +173,9 @@ class StepCosts:
         trials = min(own.count, TRUSTED)
         return (trials * own.value + LINE_TRIALS * line) / (trials + LINE_TRIALS)
 
-    def more_ms(self, gamma: int, is_estimate: bool, count: int, others: int = 0) -> list[float]:
+    def more_ms(self, gamma: int, is_estimate: bool, count: int, others: Others = ALONE) -> list[float]:
         """What a step with gamma draft tokens takes longer by one more of a kind, by two, up to count."""
-        positions = min(gamma + 1 + others, MOST_POSITIONS - count)
+        positions = min(gamma + 1 + others.positions, MOST_POSITIONS - count)
         draft_ms, verify_ms = self.draft_ms(is_estimate, gamma), self.verify_ms(positions)
         return [i * draft_ms + max(0.0, self.verify_ms(positions + i) - verify_ms) for i in range(1, count + 1)]
 
@@ -171,16 +183,18 @@ class StepCosts:
         """Of a whole step with gamma draft tokens of one kind."""
         return self._drafts_ms(gamma, is_estimate) + self.verify_ms(gamma + 1)
 
-    def usual_ms(self, step, others: int = 0) -> float:
+    def usual_ms(self, step, others: Others = ALONE) -> float:
         """Of a step such as this StepRecord, which may itself have been held up, with its share of the pass."""
-        return self._draft_ms_of(step) + share_of_pass(step, others) * self.verify_ms(step.gamma + 1 + others)
+        return self._draft_ms_of(step) + share_of_pass(step, others) * self.verify_ms(
+            step.gamma + 1 + others.positions)
 
-    def lost(self, step, others: int = 0) -> float:
+    def lost(self, step, others: Others = ALONE) -> float:
         """What a step such as this StepRecord takes beyond its tokens, in plain steps: what its draft makes it longer,
         beside what the same tokens take without."""
-        plain_ms = self.verify_ms(1 + others)
-        more_ms = self._draft_ms_of(step) + self.verify_ms(step.gamma + 1 + others) - plain_ms
-        return more_ms * (1 + others) / plain_ms - (step.tokens - 1)
+        positions = min(1 + others.positions, MOST_POSITIONS - step.gamma)
+        more_ms = self._draft_ms_of(step) + self.verify_ms(positions + step.gamma) - self.verify_ms(positions)
+        texts = 1 + others.texts
+        return more_ms * texts / self.verify_ms(texts) - (step.tokens - 1)
 
     def _draft_ms_of(self, step):
         copied = _copied(step)
@@ -193,8 +207,8 @@ class StepCosts:
 
 
 def share_of_pass(step, others):
-    """Of a step in the pass that verified it, which had so many positions of other texts."""
-    return (step.gamma + 1) / (step.gamma + 1 + others)
+    """Of a step in the pass that verified it beside other texts."""
+    return (step.gamma + 1) / (step.gamma + 1 + others.positions)
 
 
 def _copied(step):

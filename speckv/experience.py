@@ -3,7 +3,7 @@ is worth making."""
 
 from dataclasses import dataclass, field
 
-from speckv.cost import StepCosts, share_of_pass
+from speckv.cost import ALONE, StepCosts, share_of_pass
 
 FADE = 0.97               # of a step in the run's rate with each later one: about the last 30 count
 MOST_SCALE, LEAST_SCALE = 2.0, 0.2  # of the controller's promise
@@ -11,7 +11,7 @@ SCALE_TRIALS = 8.0        # promised tokens that a scale of 1 is worth
 LEAST_CAP, RETRY_CAP = 8, 2
 FIRST_PAUSE, LONGEST_PAUSE = 8, 256  # passes without this kind of draft after it was found to cost more than it gives
 TRIALS = 1                # drafts a pass of a batch, until drafting has proved its worth
-PLAIN_EVERY = 128         # steps after which the time of a plain step is measured again
+PLAIN_EVERY = 128         # passes after which the time of a plain one is measured again
 MOST_LOST = 1.5           # plain steps; what drafting may lose before a pause, a run of bad luck among them
 MOST_GAINED = 1.5         # plain steps; gains beyond do not make up for later losses
 
@@ -36,7 +36,7 @@ class Source:
 
     @property
     def may_draft(self) -> bool:
-        return self.pause == 0 and (not self.is_on_trial or self.trials > 0)
+        return self.pause < 1e-6 and (not self.is_on_trial or self.trials > 0)
 
     def begin(self):
         """A draft is being made; that of one text of a batch is judged after those of the others have begun."""
@@ -51,6 +51,8 @@ class Source:
             self.cap = max(self.cap, 2 * gamma)
         else:
             self.cap = max(min(self.cap, LEAST_CAP), 2 * accepted, self.cap - 1)
+        if self.pause > 0:  # found by another text of the same pass
+            return
         # A cumulative sum test (Page 1954).
         self.lost = max(self.lost + lost, -MOST_GAINED)
         if self.lost > MOST_LOST:
@@ -67,7 +69,7 @@ class Experience:
     costs: StepCosts = field(default_factory=StepCosts)
     tokens: float = 0.0
     milliseconds: float = 0.0
-    since_plain: int = 0
+    since_plain: float = 0.0  # passes
     sources: dict = field(default_factory=lambda: {False: Source(), True: Source()})  # by Signal.is_estimate
 
     def forget_trials(self):
@@ -75,7 +77,7 @@ class Experience:
         for source in self.sources.values():
             source.trials = TRIALS
 
-    def record(self, step, promised, is_warm, others=0):
+    def record(self, step, promised, is_warm, others=ALONE):
         """Learn from a step, of whose draft the controller promised so many tokens; is_warm and others as in
         StepCosts."""
         self.costs.record(step, is_warm, others)
@@ -83,12 +85,14 @@ class Experience:
         ms = self.costs.usual_ms(step, others)
         self.tokens = FADE * self.tokens + step.tokens
         self.milliseconds = FADE * self.milliseconds + ms
+        share = share_of_pass(step, others)
         for source in self.sources.values():
-            source.pause = max(0.0, source.pause - share_of_pass(step, others))
+            source.pause = max(0.0, source.pause - share)
+        self.since_plain += share
         if step.gamma == 0:
-            self.since_plain = 0
+            if others.positions == others.texts:
+                self.since_plain = 0.0
             return
-        self.since_plain += 1
         source = self.sources[step.signals[0].is_estimate]
         source.record(step.gamma, step.accepted, promised, self.costs.lost(step, others))
 

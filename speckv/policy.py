@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from speckv.cost import ALONE
 from speckv.errors import InputError
 from speckv.kernels import draft_sample
 from speckv.records import StepRecord
@@ -24,8 +25,8 @@ class PolicySession:
 
     name = "policy"
     is_asked = False  # whether the drafter asks may_draft() before it drafts
-    others = 0        # positions of other texts in the pass that verifies the step, as far as they are known
-    is_ahead = False  # whether another of those texts has more tokens left to decode, and so ends them
+    others = ALONE    # the texts that share the pass which verifies the step
+    is_ahead = False  # whether one of those has more tokens left to decode, and so ends them
 
     def max_draft(self) -> int:
         """The most tokens the next step may draft; 0 is plain decoding."""

@@ -14,8 +14,8 @@ class Worth(NamedTuple):
     to date. weights are the controller's four tensors. costs [3, n] f64 are speckv.cost.StepCosts.numbers, which tell
     what a pass of the target takes; draft_ms is what one more draft token takes; rate the run's tokens a second, which
     counts as rate / scale for the controller; stands how often one more token of a model stands where all before it do.
-    The controller has seen drafts of up to most_counted tokens, and the rule looks look_ahead tokens ahead. The
-    pass has so many positions of other texts.
+    The controller has seen drafts of up to most_counted tokens, and the rule looks look_ahead tokens ahead.
+    The pass has `others` positions of other texts.
     """
 
     signals: torch.Tensor

@@ -12,9 +12,9 @@ from speckv import ModelError
 from speckv.adaptive import Adaptive
 from speckv.controller import from_arrays
 from speckv.controller_fit import examples, fit, fit_and_judge, predict, select
-from speckv.cost import StepCosts
+from speckv.cost import ALONE, Others, StepCosts
 from speckv.draft_state import LONGEST_COUNTED, SIGNALS
-from speckv.experience import FIRST_PAUSE, LEAST_CAP, MOST_SCALE, TRIALS
+from speckv.experience import FIRST_PAUSE, LEAST_CAP, MOST_SCALE, PLAIN_EVERY, TRIALS, Experience
 from speckv.kernels import draft_step
 from speckv.records import StepRecord
 from speckv.signals import Signal
@@ -239,7 +239,7 @@ def test_unsure_drafts_end_whatever_the_controller_promises():
     assert longest(3.0) < longest(5.0) < longest(20.0) == 16  # confidences of 0.29, 0.75 and 1
 
 
-@pytest.mark.parametrize("others, expected", [(0, 2.0), (7, 2.5)])
+@pytest.mark.parametrize("others, expected", [(ALONE, 2.0), (Others(7, 7), 2.5)], ids=["alone", "in turns"])
 def test_what_a_draft_has_missed_is_its_price_where_texts_take_turns(others, expected):
     policy = Adaptive()
     session = policy.open(None)
@@ -277,10 +277,10 @@ def test_one_kind_of_draft_rests_while_the_other_goes_on():
 
 
 class Batch:
-    """Eight texts that one policy serves, of which each drafts at most one token a pass."""
+    """Eight texts that one policy serves, of which each drafts `length` tokens a pass or none."""
 
-    def __init__(self, policy, pass_ms, draft_ms=2.0):
-        self.policy, self.pass_ms, self.draft_ms = policy, pass_ms, draft_ms
+    def __init__(self, policy, pass_ms, draft_ms=2.0, length=1):
+        self.policy, self.pass_ms, self.draft_ms, self.length = policy, pass_ms, draft_ms, length
         self.logits = World(policy).logits
         self.sessions = [policy.open(None) for _ in range(8)]
 
@@ -290,17 +290,17 @@ class Batch:
         for _ in range(passes):
             gammas = []
             for session in self.sessions:
-                session.others = 7 + sum(gammas)
+                session.others = Others(7, 7 + sum(gammas))
                 most = session.max_draft()
                 if most:
                     session.draft(self.logits, torch.ones(1), torch.zeros(1), 0, None)
-                gammas.append(min(most, 1))
+                gammas.append(min(most, self.length))
             rows = 8 + sum(gammas)
             for session, gamma in zip(self.sessions, gammas, strict=True):
-                session.others = rows - 1 - gamma
+                session.others = Others(7, rows - 1 - gamma)
                 share = self.pass_ms(rows) * (1 + gamma) / rows
                 session.record(step(gamma, min(gamma, accepted), self.draft_ms * gamma, share))
-            counts.append(sum(gammas))
+            counts.append(sum(gamma > 0 for gamma in gammas))
         return counts
 
 
@@ -316,13 +316,39 @@ def test_the_passes_of_a_batch_are_priced_by_the_positions_of_all_texts():
     policy = Adaptive(constant_controller(0.5))
     Batch(policy, lambda rows: 40.0 + 0.5 * (rows - 8)).run(60, 1)
     costs = policy._experience[None].costs
-    assert costs.verify_ms(8) == pytest.approx(40, rel=0.01) and costs.verify_ms(16) == pytest.approx(44, rel=0.01)
-    first, second = costs.more_ms(0, False, 2, others=7)
+    assert costs.verify_ms(8) == pytest.approx(40, rel=0.02) and costs.verify_ms(16) == pytest.approx(44, rel=0.01)
+    first, second = costs.more_ms(0, False, 2, Others(7, 7))
     assert first == pytest.approx(2.5, abs=0.1) and second == pytest.approx(5, abs=0.2)
-    # The draft, and half a millisecond of the pass; without, a token takes an eighth of 44 ms.
-    assert costs.lost(step(1, 1, 2.0, 5.5), others=15) == pytest.approx(2.5 * 16 / 44 - 1, abs=0.1)
-    assert costs.more_ms(0, False, 2, others=1000) == costs.more_ms(0, False, 2, others=2000)
-    assert costs.more_ms(0, False, 2, others=1000)[1] > 2 * 2.0
+    # The draft, and half a millisecond of the pass; without, a token takes an eighth of 40 ms.
+    for positions in (7, 14):  # of the others, with drafts or without
+        assert costs.lost(step(1, 1, 2.0, 5.5), Others(7, positions)) == pytest.approx(2.5 / 5 - 1, abs=0.05)
+    # Beyond what is counted one more costs what it does at the end of that.
+    for price in (lambda positions: costs.more_ms(0, False, 2, Others(7, positions))[1],
+                  lambda positions: costs.lost(step(2, 0, 4.0, 5.5), Others(7, positions))):
+        assert price(1000) == price(2000) == pytest.approx(price(100), rel=0.02)
+
+
+def test_texts_whose_long_drafts_are_accepted_in_part_go_on_where_that_is_the_faster():
+    # 24 tokens in 40 + 8 + 17 ms, where plain decoding has 8 in 40.
+    batch = Batch(Adaptive(constant_controller(0.9)), lambda rows: 40.0 + 0.2 * (rows - 8), draft_ms=0.43, length=5)
+    assert batch.run(60, 2)[20:] == 40 * [8]
+
+
+def test_one_pass_of_a_batch_begins_one_rest():
+    policy = Adaptive(constant_controller(0.9))
+    source = policy._experience.setdefault(None, Experience()).sources[False]
+    batch = Batch(policy, lambda rows: 13.0 + 3.0 * (rows - 8))
+    batch.run(1, 0)
+    source.is_on_trial = False  # so that all of them draft
+    assert batch.run(1, 0) == [8] and source.next_pause == 2 * FIRST_PAUSE
+    assert FIRST_PAUSE - 1 < source.pause <= FIRST_PAUSE
+
+
+def test_plain_passes_are_measured_again_after_so_many_passes():
+    batch = Batch(Adaptive(constant_controller(0.9)), lambda rows: 40.0 + 0.2 * (rows - 8), draft_ms=0.2)
+    counts = batch.run(300, 1)
+    plain = [number for number, count in enumerate(counts) if count == 0]
+    assert plain[0] == 0 and len(plain) == 3 and plain[2] - plain[1] >= PLAIN_EVERY
 
 
 def test_a_batch_in_which_one_more_position_costs_much_stops_drafting():

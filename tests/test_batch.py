@@ -1,5 +1,6 @@
 """Texts decoded together are those that each is alone."""
 
+from itertools import dropwhile
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,8 @@ from tiny_models import prompt_ids, tiny_model
 
 import speckv
 from speckv import InputError, NumericalError
-from speckv.fast import FastTarget
+from speckv.cost import ALONE, Others
+from speckv.fast import FastModel, FastTarget
 from speckv.kernels import serving
 from speckv.lookup import LookupDrafter
 from speckv.policy import Fixed, PolicySession
@@ -81,6 +83,54 @@ class Waiting(PolicySession):
 
     def max_draft(self):
         return 0 if self.is_ahead else 2
+
+
+class Listening(PolicySession):
+    """Drafts as many tokens as its place in the batch, and keeps what it is told of the other texts."""
+
+    name = "listening"
+
+    def __init__(self, gamma, told):
+        self.gamma, self.told = gamma, told
+
+    def will_draft(self):
+        return True
+
+    def max_draft(self):
+        self.told.append(("before", self.gamma, self.others))
+        return self.gamma
+
+    def record(self, step):
+        self.told.append(("after", step.gamma, self.others))
+
+
+@ways
+def test_a_text_is_told_of_the_others_that_share_its_pass(fast):
+    told, places = [], iter((3, 0, 2))
+    policy = SimpleNamespace(name="listening", open=lambda compression: Listening(next(places), told))
+    requests = [{"input_ids": prompt_ids(6, seed=seed)} for seed in (1, 2, 3)]
+    speckv.generate_batch(tiny_model(), tiny_model(seed=1), requests, policy=policy, fast=fast, max_new_tokens=30,
+                          eos_token_id=[])
+    told = [*dropwhile(lambda entry: entry[2] == ALONE, told)]  # what was asked before the first pass
+    if fast:  # what those before it drafted, and a position each of the rest
+        assert told[:6] == [("before", 3, Others(2, 2)), ("before", 0, Others(2, 5)), ("before", 2, Others(2, 5)),
+                            ("after", 3, Others(2, 4)), ("after", 0, Others(2, 7)), ("after", 2, Others(2, 5))]
+        assert {others.texts for _, _, others in told} >= {2, 1}  # until one of them ends
+    else:
+        assert told == []
+
+
+@needs_engine
+def test_texts_that_memory_lets_share_no_pass_are_told_so(monkeypatch):
+    told, places = [], iter((3, 2))
+    policy = SimpleNamespace(name="listening", open=lambda compression: Listening(next(places), told))
+
+    def fail(*arguments):
+        raise MemoryError
+    monkeypatch.setattr(FastModel, "read_together", staticmethod(fail))
+    speckv.generate_batch(tiny_model(), tiny_model(seed=1), [{"input_ids": prompt_ids(6)} for _ in range(2)],
+                          policy=policy, fast=True, max_new_tokens=5, eos_token_id=[])
+    assert {others for when, _, others in told if when == "after"} == {ALONE}
 
 
 @ways

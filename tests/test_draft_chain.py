@@ -12,6 +12,7 @@ from tiny_models import VOCABULARY, prompt_ids, tiny_model
 import speckv
 from speckv import decode
 from speckv.adaptive import Adaptive
+from speckv.cost import StepCosts
 from speckv.errors import NumericalError
 from speckv.kernels import serving
 from speckv.lookup import LookupDrafter, LookupFirst
@@ -173,7 +174,8 @@ def test_what_does_not_fit_is_refused():
             (controlled(5, torch.ones(2, 33).double()), "size 3"),
             (controlled(4, torch.full((1,), float("nan"))), "not finite"), ({"rate": -1.0}, "rate"),
             ({"scale": 0.0}, "rate"), ({"look_ahead": 0}, "look_ahead"), ({"look_ahead": 9}, "look_ahead"),
-            ({"most_counted": 0}, "look_ahead"), ({"others": -1}, "others")):
+            ({"most_counted": 0}, "look_ahead"), ({"others": -1}, "others"),
+            ({"look_ahead": 4, "controller": [*controller[:-1], torch.ones(3, 5).double()]}, "look_ahead")):
         with pytest.raises(RuntimeError, match=words):
             torch.ops.speckv.draft_chain(*(fine | change).values())
 
@@ -190,6 +192,17 @@ def test_copies_that_cannot_be_judged_are_refused():
             ({"rate": float("nan")}, "rate"), ({"look_ahead": 0}, "look_ahead")):
         with pytest.raises(RuntimeError, match=words):
             torch.ops.speckv.judge_copies(*(fine | change).values())
+
+
+@pytest.mark.parametrize("others", [0, 100, 252, 255, 1000])
+def test_copies_beside_many_positions_have_their_price(others):
+    costs = StepCosts().numbers
+    costs[2, :5] = torch.tensor([1.0, 2000.0, 10.0, 100.0, 4.0])  # 10 ms a position, and 2 s at 100 of them
+    controller = [torch.zeros(1, 10), *Adaptive().controller.tensors().values(), costs]
+    sure = torch.ones(6).double()
+    for rate, expected in ((130.0, 1), (1.0, 6)):  # at 130 tokens a second 10 ms are worth 1.3 tokens
+        count, _, _ = torch.ops.speckv.judge_copies(sure, controller, 0.0, rate, 2.0, 8, 2, others)
+        assert count == expected
 
 
 def test_what_is_read_in_a_chain_is_read_once(drafter):

@@ -2,6 +2,7 @@
 it."""
 
 import gc
+import math
 
 import pytest
 import torch
@@ -247,6 +248,20 @@ def test_inputs_of_eight_bits_are_rounded_as_by_pytorch():
         torch.ops.speckv.close_matrix(matrix)
         expected = torch.round(rows * (127.0 / rows.abs().max()))
         assert (rounded - expected).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf])
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_bad_inputs_of_eight_bits_stay_bad_in_their_own_row(bad, threshold):
+    matrix = torch.ops.speckv.open_matrix(torch.ones(5, 70, dtype=torch.int8), torch.ones(5), torch.empty(0),
+                                          torch.tensor([threshold]))
+    x = torch.ones(3, 70)
+    expected = torch.ops.speckv.multiply_matrix(matrix, x)
+    x[1, 68] = bad
+    x[2] = 1e-39  # so small that 127 over it is no number
+    out = torch.ops.speckv.multiply_matrix(matrix, x)
+    torch.ops.speckv.close_matrix(matrix)
+    assert torch.equal(out[0], expected[0]) and not out[1].isfinite().any() and (out[2].abs() < 1e-36).all()
 
 
 @torch.inference_mode()
