@@ -130,13 +130,14 @@ SPECKV_AVX512 ExpSums exp_sums_avx512(const float* values, int64_t size, float s
     maxima[0] = maxima[1] = Floats{} + kNegativeInfinity;
     int64_t i = 0;
     for (; i + kStep <= size; i += kStep) {
+        Floats x[2], e[2];
+        load(values + i, x[0]);
+        load(values + i + kLanes, x[1]);
         if (i < ahead) {
             load_and_compare_two(next->src + i, next->dst + i, maxima);
         }
-        Floats x[2], e[2];
 #pragma GCC unroll 2
         for (int64_t part = 0; part < 2; ++part) {
-            load(values + i + part * kLanes, x[part]);
             x[part] -= shift;
             if constexpr (!is_weighted) {
                 x[part] *= scale;
