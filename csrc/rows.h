@@ -99,8 +99,8 @@ private:
     int64_t start_ = 0;
     float* buffer_of(int64_t start) { return start / kBlockSize % 2 == 0 ? first_.values : second_.values; }
 
-    // Not 4 KiB apart: a core takes a load for one of what was just stored where the low twelve bits are the same, and
-    // in some processes, depending on where they lie, waits for it (by 40 % of a row's time).
+    // Not 4 KiB apart: where the low twelve bits of their addresses agree, a core may take a load for one of what was just
+    // stored and wait. Of fourteen processes one took 40 % longer for a row.
     BlockBuffer first_;
     std::byte apart_[kBlockSize * sizeof(float) / 2];
     BlockBuffer second_;
