@@ -95,12 +95,12 @@ public:
     }
 
 private:
-    Row row_;
-    int64_t start_ = 0;
     float* buffer_of(int64_t start) { return start / kBlockSize % 2 == 0 ? first_.values : second_.values; }
 
-    // Not 4 KiB apart: where the low twelve bits of their addresses agree, a core may take a load for one of what was just
-    // stored and wait. Of fourteen processes one took 40 % longer for a row.
+    Row row_;
+    int64_t start_ = 0;
+    // Not 4 KiB apart: where the low twelve bits of their addresses agree, a core may take a load for one of what was
+    // just stored and wait. Of fourteen processes one took 40 % longer for a row.
     BlockBuffer first_;
     std::byte apart_[kBlockSize * sizeof(float) / 2];
     BlockBuffer second_;

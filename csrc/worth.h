@@ -19,9 +19,9 @@ struct PassCosts {
 };
 
 // The tensors are [signals, w1, b1, w2, b2, costs]: signals [1, 10] f32, those of speckv/draft_state.py, are brought up
-// to date; then the controller's; costs [3, 5 or look_ahead + 2 or more] f64. They must outlive this object. draft_ms is what one more
-// draft token takes; rate counts as rate / scale for the controller, which has seen drafts of up to most_counted tokens.
-// The pass has `others` positions of other texts.
+// to date; then the controller's; costs [3, n] f64, n at least 5 and look_ahead + 2. They must outlive this object.
+// draft_ms is what one more draft token takes; rate counts as rate / scale for the controller, which has seen drafts of
+// up to most_counted tokens. The pass has `others` positions of other texts.
 class Worth {
 public:
     Worth(const char* op, const std::vector<Tensor>& tensors, double draft_ms, double rate, double scale,

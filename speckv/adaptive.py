@@ -128,8 +128,7 @@ class _AdaptiveSession(PolicySession):
         self._state.write(self._signals.numpy()[0], 0, NOTHING_TOLD if is_estimate else None)
         return StopRule(min(most, source.cap), worth=Worth(
             self._signals, self._weights, experience.costs.numbers, experience.costs.draft_ms(is_estimate, 1),
-            experience.rate, source.scale, NEXT_STANDS, LONGEST_COUNTED, LOOK_AHEAD,
-            self.others.positions))
+            experience.rate, source.scale, NEXT_STANDS, LONGEST_COUNTED, LOOK_AHEAD, self.others.positions))
 
     def drafted(self, chain):
         self._experience.sources[chain.signals[0].is_estimate].begin()
