@@ -1,4 +1,5 @@
-"""The adaptive policy and what it rests on: the rate of the run, bounds on a wrong controller, the fit of a good one."""
+"""The adaptive policy and what it rests on: the rate of the run, bounds on a wrong controller, how a good one is fitted.
+"""
 
 from itertools import pairwise
 
