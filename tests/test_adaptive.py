@@ -1,5 +1,4 @@
-"""The adaptive policy and what it rests on: the rate of the run, bounds on a wrong controller, how a good one is fitted.
-"""
+"""The adaptive policy: its rule, its rate, bounds on a wrong controller, batches, and the fit of a good one."""
 
 from itertools import pairwise
 
