@@ -15,7 +15,7 @@ namespace {
 
 using Words = uint64_t __attribute__((vector_size(64)));
 
-constexpr int64_t kPrefetchBytes = 4096;  // as in linear_int8.cpp
+constexpr int64_t kPrefetchBytes = 4096;
 constexpr int64_t kStepBytes = 4 * sizeof(Words);
 
 // The sum of the 8-byte words of a buffer; what is left behind the last whole step is not read.

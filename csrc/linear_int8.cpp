@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "linear_int8.h"
+#include "prefetch.h"
 #include "tensors.h"
 
 namespace speckv {
@@ -15,8 +16,6 @@ using Int32s = int32_t __attribute__((vector_size(64)));
 using UInt32s = uint32_t __attribute__((vector_size(64)));
 
 constexpr int64_t kTileRows = 64;       // weight rows: with K = 576 they stay in L1, with K = 1,536 in L2
-// One core asks for too little ahead by itself: 4 KiB doubles what it gets from memory, 1 KiB gives half of that.
-constexpr int64_t kPrefetchBytes = 4096;
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the order of Chunk is that of a little-endian machine");
 
@@ -48,11 +47,12 @@ SPECKV_INLINE void multiply_rows(
     int64_t out_stride) {
     const int64_t whole = weights.columns / kChunk * kChunk;
     const int64_t rest = weights.columns - whole;
+    const Fetch fetch = fetch_of(Walk::kFirst);
     for (int64_t row = begin; row < end; ++row) {
         const int8_t* values = weights.start + row * weights.stride;
         Floats sums[inputs][2] = {};
         for (int64_t i = 0; i < whole; i += kChunk) {
-            __builtin_prefetch(values + i + kPrefetchBytes);
+            prefetch(values + i, fetch);
             add_products<inputs>(values + i, x + i / kChunk, stride, sums);
         }
         if (rest > 0) {

@@ -5,6 +5,7 @@
 
 #include "linear_int8.h"
 #include "matrices.h"
+#include "prefetch.h"
 #include "vectors.h"
 
 #if defined(__x86_64__)
@@ -31,9 +32,6 @@ using UInt32s = uint32_t __attribute__((vector_size(64)));
     }
 static_assert(kTileUnpacked == 6 && kWideTile == 8);
 
-// A core asks for too little ahead by itself, see linear_int8.cpp.
-constexpr int64_t kPrefetchBytes = 4096;
-
 SPECKV_INLINE Floats as_floats(const UInt32s& bits) {
     Floats values;
     std::memcpy(&values, &bits, sizeof(values));
@@ -44,11 +42,12 @@ template <int inputs>
 SPECKV_INLINE void rows_float32(
     const float* weights, int64_t rows, int64_t columns, const float* x, float* out, int64_t stride) {
     const int64_t whole = columns / kLanes * kLanes;
+    const Fetch fetch = fetch_of(Walk::kFirst);
     for (int64_t row = 0; row < rows; ++row) {
         const float* const values = weights + row * columns;
         Floats sums[inputs] = {};
         for (int64_t i = 0; i < whole; i += kLanes) {
-            __builtin_prefetch(reinterpret_cast<const char*>(values + i) + kPrefetchBytes);
+            prefetch(values + i, fetch);
             Floats weight;
             load(values + i, weight);
 #pragma GCC unroll 4
@@ -82,6 +81,7 @@ SPECKV_INLINE void rows_bfloat16(
     const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, float* out, int64_t stride) {
     constexpr int64_t step = 2 * kLanes;
     const int64_t whole = columns / step * step;
+    const Fetch fetch = fetch_of(Walk::kFirst);
     for (int64_t row = 0; row < rows; ++row) {
         const uint16_t* const values = weights + row * columns;
         Floats sums[inputs][2] = {};
@@ -97,7 +97,7 @@ SPECKV_INLINE void rows_bfloat16(
             }
         };
         for (int64_t i = 0; i < whole; i += step) {
-            __builtin_prefetch(reinterpret_cast<const char*>(values + i) + kPrefetchBytes);
+            prefetch(values + i, fetch);
             add(values + i, x + i, columns);
         }
         if (whole < columns) {
@@ -147,6 +147,7 @@ SPECKV_INLINE void block_four_bit(
     const uint16_t* x, float* out, int64_t stride) {
     using UInt16s = uint16_t __attribute__((vector_size(32)));
     constexpr int64_t pair_bytes = kBlockRows;
+    const Fetch fetch = fetch_of(Walk::kFirst);
     Floats table;
     load(table_values, table);
     Floats totals[inputs][2] = {};
@@ -154,7 +155,7 @@ SPECKV_INLINE void block_four_bit(
         Floats sums[inputs][2] = {};
         for (int64_t column = first; column < first + kScaledColumns; column += 2) {
             const uint8_t* const from = indices + column / 2 * pair_bytes;
-            __builtin_prefetch(from + kPrefetchBytes);
+            prefetch(from, fetch);
             UInt16s bytes;
             std::memcpy(&bytes, from, sizeof(bytes));
             const UInt32s index = __builtin_convertvector(bytes, UInt32s);
@@ -190,18 +191,6 @@ SPECKV_INLINE void block_four_bit(
 #if defined(__x86_64__)
 #define SPECKV_BF16_UNITS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,prefer-vector-width=512")))
 
-
-// Asks for what lies kPrefetchBytes ahead. What is read once a pass is kept out of the L2, where it would take the place
-// of all that runs between two passes.
-SPECKV_BF16_UNITS inline void prefetch(const void* from, bool is_read_once) {
-    const char* const ahead = static_cast<const char*>(from) + kPrefetchBytes;
-    if (is_read_once) {
-        _mm_prefetch(ahead, _MM_HINT_NTA);
-    } else {
-        _mm_prefetch(ahead, _MM_HINT_T0);
-    }
-}
-
 // The lanes of four vectors added up, in an order of its own for each.
 SPECKV_BF16_UNITS inline __m128 sum_four(__m512 a, __m512 b, __m512 c, __m512 d) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -234,9 +223,9 @@ public:
         line_ = _mm512_load_si512(next_);
     }
 
-    SPECKV_BF16_UNITS __m512bh take(bool is_read_once) {
+    SPECKV_BF16_UNITS __m512bh take(Fetch fetch) {
         next_ += kLineBytes;
-        prefetch(next_, is_read_once);
+        prefetch(next_, fetch);
         const __m512i following = _mm512_load_si512(next_);
         const __m512i values = _mm512_permutex2var_epi32(line_, from_, following);
         line_ = following;
@@ -260,8 +249,8 @@ class Loads {
 public:
     SPECKV_BF16_UNITS explicit Loads(const uint16_t* start) : next_(start) {}
 
-    SPECKV_BF16_UNITS __m512bh take(bool is_read_once) {
-        prefetch(next_, is_read_once);
+    SPECKV_BF16_UNITS __m512bh take(Fetch fetch) {
+        prefetch(next_, fetch);
         const auto values = (__m512bh)_mm512_loadu_si512(next_);
         next_ += 32;
         return values;
@@ -274,7 +263,7 @@ private:
 // `together` rows at a time, whose sums are those of a row alone.
 template <class Stream, int together, int inputs>
 SPECKV_BF16_UNITS inline void some_rows_in_units(
-    const uint16_t* values, int64_t columns, const uint16_t* x, Walk walk, float* out, int64_t stride) {
+    const uint16_t* values, int64_t columns, const uint16_t* x, Fetch fetch, float* out, int64_t stride) {
     static_assert(together == 1 || together == 2);
     const int64_t whole = columns / 64 * 64;
     __m512 sums[together][inputs][2];
@@ -290,7 +279,7 @@ SPECKV_BF16_UNITS inline void some_rows_in_units(
             __m512bh weight[together];
 #pragma GCC unroll 2
             for (int row = 0; row < together; ++row) {
-                weight[row] = streams[row].take(walk == Walk::kOnly);
+                weight[row] = streams[row].take(fetch);
             }
 #pragma GCC unroll 8
             for (int input = 0; input < inputs; ++input) {
@@ -339,14 +328,15 @@ template <class Stream, int inputs>
 SPECKV_BF16_UNITS void all_rows_in_units(
     const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, Walk walk, float* out,
     int64_t stride) {
+    const Fetch fetch = fetch_of(walk);
     int64_t row = 0;
     if constexpr (inputs <= kTilePaired) {
         for (; walk == Walk::kLater && row + 2 <= rows; row += 2) {
-            some_rows_in_units<Stream, 2, inputs>(weights + row * columns, columns, x, walk, out + row, stride);
+            some_rows_in_units<Stream, 2, inputs>(weights + row * columns, columns, x, fetch, out + row, stride);
         }
     }
     for (; row < rows; ++row) {
-        some_rows_in_units<Stream, 1, inputs>(weights + row * columns, columns, x, walk, out + row, stride);
+        some_rows_in_units<Stream, 1, inputs>(weights + row * columns, columns, x, fetch, out + row, stride);
     }
 }
 
@@ -354,7 +344,8 @@ template <int inputs>
 void rows_in_units(
     const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, Walk walk, float* out,
     int64_t stride) {
-    if (inputs > 1 && Lines::serves(weights, columns)) {
+    // To one input an Intel core reads whole lines faster too, others do not.
+    if ((inputs > 1 || fetch_of(walk) == Fetch::kIntoL2) && Lines::serves(weights, columns)) {
         return all_rows_in_units<Lines, inputs>(weights, rows, columns, x, walk, out, stride);
     }
     return all_rows_in_units<Loads, inputs>(weights, rows, columns, x, walk, out, stride);
@@ -364,6 +355,7 @@ template <int inputs>
 SPECKV_BF16_UNITS void bytes_in_units(
     const int8_t* weights, int64_t rows, int64_t columns, const uint8_t* x, Walk walk, int32_t* out, int64_t stride) {
     constexpr int padded = (inputs + 3) / 4 * 4;
+    const Fetch fetch = fetch_of(walk);
     const int64_t whole = columns / 64 * 64;
     for (int64_t row = 0; row < rows; ++row) {
         const int8_t* const values = weights + row * columns;
@@ -372,7 +364,7 @@ SPECKV_BF16_UNITS void bytes_in_units(
             sum = _mm512_setzero_si512();
         }
         for (int64_t i = 0; i < whole; i += 64) {
-            prefetch(values + i, walk == Walk::kOnly);
+            prefetch(values + i, fetch);
             __m512i weight = _mm512_loadu_si512(values + i);
             asm("" : "+v"(weight));  // or it is loaded once for each input, and each of them misses the cache
 #pragma GCC unroll 8
@@ -419,6 +411,7 @@ SPECKV_BF16_UNITS void block_in_units(
         halves[i] = static_cast<uint16_t>(bits >> 16);
     }
     const __m512i table = _mm512_load_si512(halves);
+    const Fetch fetch = fetch_of(walk);
     __m512 totals[inputs][2];
     for (auto& total : totals) {
         total[0] = total[1] = _mm512_setzero_ps();
@@ -432,7 +425,7 @@ SPECKV_BF16_UNITS void block_in_units(
 #pragma GCC unroll 2
         for (int64_t column = first; column < first + kScaledColumns; column += 4) {
             const uint8_t* const from = indices + column / 2 * kBlockRows;
-            prefetch(from, walk == Walk::kOnly);
+            prefetch(from, fetch);
 #pragma GCC unroll 2
             for (int chain = 0; chain < 2; ++chain) {
                 const __m512i index = _mm512_cvtepu8_epi16(

@@ -8,14 +8,12 @@
 
 #include <cstdint>
 
+#include "prefetch.h"
+
 namespace speckv {
 
 constexpr int64_t kWideTile = 8;
 constexpr int64_t kTileUnpacked = 6, kTilePaired = 6;
-
-// Which walk through the weights a product is in this pass: the only one, the first of several, or one of those after
-// it, which find the weights in a cache.
-enum class Walk { kOnly, kFirst, kLater };
 
 // out[input * stride + row] for weights [rows, columns] and x [inputs, columns].
 void multiply_float32(
