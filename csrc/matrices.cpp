@@ -40,6 +40,13 @@ Format format_of(const char* op, const char* name, const Tensor& weight, const T
     refuse(op, name, " must be float32, bfloat16, int8 or uint8");
 }
 
+constexpr int64_t kFewInputs = 2;
+
+bool goes_in_tiles(Format format) {
+    return units() == Units::kAmx &&
+           (format == Format::kBFloat16 || format == Format::kInt8Inputs || format == Format::kFourBit);
+}
+
 }  // namespace
 
 std::unique_ptr<Matrix> make_matrix(
@@ -105,7 +112,7 @@ void Inputs::set(const float* values, int64_t count, int64_t columns) {
     values_ = values;
     count_ = count;
     columns_ = columns;
-    has_halves_ = has_chunks_ = false;
+    has_halves_ = has_chunks_ = has_tiled_halves_ = false;
     bytes_threshold_ = -1;
 }
 
@@ -123,6 +130,10 @@ void Inputs::arrange_for(const Matrix& matrix) {
             arrange({row(i), Dtype::kFloat32, columns_}, chunks_.data() + i * chunk_stride());
         }
         has_chunks_ = true;
+    }
+    if (format == Format::kBFloat16 && goes_in_tiles(format) && !has_tiled_halves_) {
+        tiled_halves_.arrange(halves_.data(), columns_ * int64_t{sizeof(uint16_t)}, count_);
+        has_tiled_halves_ = true;
     }
 }
 
@@ -184,6 +195,9 @@ void Inputs::round_to_bytes(float threshold) {
         round_to_byte(kept.data(), columns_, factor, bytes_.data() + i * columns_);
         byte_scales_[i] = largest;
     }
+    if (goes_in_tiles(Format::kInt8Inputs)) {
+        tiled_bytes_.arrange(bytes_.data(), columns_, count_);
+    }
     has_halves_ = true;
     bytes_threshold_ = threshold;
 }
@@ -195,15 +209,22 @@ void finish_bytes(
     const Matrix& matrix, int64_t begin, int64_t end, const Inputs& inputs, int64_t input, const int32_t* sums,
     float* out) {
     constexpr float kStep = 1.0f / 127;
-    const auto* const values = static_cast<const int8_t*>(matrix.values);
-    const auto* const scale = static_cast<const float*>(matrix.scale);
-    for (int64_t row = begin; row < end; ++row) {
-        const int32_t sum = sums[row - begin] - 128 * matrix.row_sums[row];
-        float total = static_cast<float>(sum) * (inputs.byte_scale(input) * scale[row]) * (kStep * kStep);
-        for (const Inputs::Outlier& outlier : inputs.outliers(input)) {
-            total += outlier.value * (static_cast<float>(values[row * matrix.columns + outlier.column]) * scale[row] * kStep);
+    const int64_t rows = end - begin;
+    const float input_scale = inputs.byte_scale(input);
+    const auto* const scale = static_cast<const float*>(matrix.scale) + begin;
+    const int32_t* const row_sums = matrix.row_sums.data() + begin;
+    in_widest_units([=]() SPECKV_INLINED {
+#pragma omp simd
+        for (int64_t row = 0; row < rows; ++row) {
+            out[row] = static_cast<float>(sums[row] - 128 * row_sums[row]) * (input_scale * scale[row]) * (kStep * kStep);
         }
-        out[row - begin] = total;
+    });
+    const auto* const values = static_cast<const int8_t*>(matrix.values) + begin * matrix.columns;
+    for (const Inputs::Outlier& outlier : inputs.outliers(input)) {
+        for (int64_t row = 0; row < rows; ++row) {
+            const auto weight = static_cast<float>(values[row * matrix.columns + outlier.column]);
+            out[row] += outlier.value * (weight * scale[row] * kStep);
+        }
     }
 }
 
@@ -217,59 +238,94 @@ int64_t widest_tile(Format format, int64_t inputs) {
     }
 }
 
+// Some inputs, in one walk through the block.
+void multiply_walk(
+    const Matrix& matrix, int64_t begin, int64_t end, const Inputs& inputs, int64_t first, int64_t count, Walk walk,
+    float* out, int64_t stride) {
+    switch (matrix.format) {
+        case Format::kFloat32:
+            return multiply_float32(
+                static_cast<const float*>(matrix.values) + begin * matrix.columns, end - begin, matrix.columns,
+                inputs.row(first), count, out, stride);
+        case Format::kBFloat16:
+            return multiply_bfloat16(
+                static_cast<const uint16_t*>(matrix.values) + begin * matrix.columns, end - begin, matrix.columns,
+                inputs.half_row(first), count, walk, out, stride);
+        case Format::kInt8:
+            return multiply_tile(
+                {static_cast<const int8_t*>(matrix.values), matrix.columns, matrix.columns,
+                 static_cast<const float*>(matrix.scale)},
+                begin, end, inputs.chunks() + first * inputs.chunk_stride(), inputs.chunk_stride(), count, out, stride);
+        case Format::kInt8Inputs: {
+            int32_t sums[kWideTile * kBlockRows];
+            multiply_bytes(
+                static_cast<const int8_t*>(matrix.values) + begin * matrix.columns, end - begin, matrix.columns,
+                inputs.byte_row(first), count, walk, sums, kBlockRows);
+            for (int64_t input = 0; input < count; ++input) {
+                finish_bytes(matrix, begin, end, inputs, first + input, sums + input * kBlockRows,
+                             out + input * stride);
+            }
+            return;
+        }
+        case Format::kFourBit:
+            return multiply_four_bit(
+                static_cast<const uint8_t*>(matrix.values) + begin * matrix.columns / 2,
+                static_cast<const uint16_t*>(matrix.scale) + begin, matrix.rows, matrix.table, matrix.columns,
+                inputs.half_row(first), count, walk, out, stride);
+    }
+}
+
+// As few walks through the block as serve all inputs, with about as many in each.
+void multiply_in_walks(
+    const Matrix& matrix, int64_t begin, int64_t end, const Inputs& inputs, float* out, int64_t stride) {
+    const int64_t most = widest_tile(matrix.format, inputs.count());
+    const int64_t walks = (inputs.count() + most - 1) / most;
+    const int64_t in_walk = walks > 0 ? (inputs.count() + walks - 1) / walks : 0;
+    for (int64_t first = 0; first < inputs.count(); first += in_walk) {
+        const int64_t count = std::min(in_walk, inputs.count() - first);
+        const Walk walk = first > 0 ? Walk::kLater : count == inputs.count() ? Walk::kOnly : Walk::kFirst;
+        multiply_walk(matrix, begin, end, inputs, first, count, walk, out + first * stride, stride);
+    }
+}
+
+void multiply_in_tiles(
+    const Matrix& matrix, int64_t begin, int64_t end, const Inputs& inputs, float* out, int64_t stride) {
+#if SPECKV_HAS_TILES
+    if (matrix.format == Format::kBFloat16) {
+        multiply_bfloat16_in_tiles(
+            static_cast<const uint16_t*>(matrix.values) + begin * matrix.columns, end - begin, matrix.columns,
+            inputs.tiled_halves(), inputs.count(), out, stride);
+    } else if (matrix.format == Format::kInt8Inputs) {
+        static thread_local Buffer<int32_t> sums;
+        sums.resize(inputs.count() * kBlockRows);
+        multiply_bytes_in_tiles(
+            static_cast<const int8_t*>(matrix.values) + begin * matrix.columns, end - begin, matrix.columns,
+            inputs.tiled_bytes(), inputs.count(), sums.data(), kBlockRows);
+        for (int64_t input = 0; input < inputs.count(); ++input) {
+            finish_bytes(matrix, begin, end, inputs, input, sums.data() + input * kBlockRows, out + input * stride);
+        }
+    } else {
+        multiply_four_bit_in_tiles(
+            static_cast<const uint8_t*>(matrix.values) + begin * matrix.columns / 2,
+            static_cast<const uint16_t*>(matrix.scale) + begin, matrix.rows, matrix.table, matrix.columns,
+            inputs.half_row(0), inputs.count(), out, stride);
+    }
+#endif
+}
+
 }  // namespace
 
 void multiply_block(const Matrix& matrix, int64_t block, const Inputs& inputs, float* out, int64_t stride) {
     const int64_t begin = block * kBlockRows;
     const int64_t end = std::min(begin + kBlockRows, matrix.rows);
-    // As few walks through the block as serve all inputs, with about as many in each.
-    const int64_t most = widest_tile(matrix.format, inputs.count());
-    const int64_t walks = (inputs.count() + most - 1) / most;
-    const int64_t tile_inputs = walks > 0 ? (inputs.count() + walks - 1) / walks : 0;
-    for (int64_t first = 0; first < inputs.count(); first += tile_inputs) {
-        const int64_t count = std::min(tile_inputs, inputs.count() - first);
-        const Walk walk = first > 0 ? Walk::kLater : count == inputs.count() ? Walk::kOnly : Walk::kFirst;
-        float* const tile = out + first * stride + begin;
-        switch (matrix.format) {
-            case Format::kFloat32:
-                multiply_float32(
-                    static_cast<const float*>(matrix.values) + begin * matrix.columns, end - begin, matrix.columns,
-                    inputs.row(first), count, tile, stride);
-                break;
-            case Format::kBFloat16:
-                multiply_bfloat16(
-                    static_cast<const uint16_t*>(matrix.values) + begin * matrix.columns, end - begin, matrix.columns,
-                    inputs.half_row(first), count, walk, tile, stride);
-                break;
-            case Format::kInt8:
-                multiply_tile(
-                    {static_cast<const int8_t*>(matrix.values), matrix.columns, matrix.columns,
-                     static_cast<const float*>(matrix.scale)},
-                    begin, end, inputs.chunks() + first * inputs.chunk_stride(), inputs.chunk_stride(), count, tile,
-                    stride);
-                break;
-            case Format::kInt8Inputs: {
-                int32_t sums[kWideTile * kBlockRows];
-                multiply_bytes(
-                    static_cast<const int8_t*>(matrix.values) + begin * matrix.columns, end - begin, matrix.columns,
-                    inputs.byte_row(first), count, walk, sums, kBlockRows);
-                for (int64_t input = 0; input < count; ++input) {
-                    finish_bytes(matrix, begin, end, inputs, first + input, sums + input * kBlockRows,
-                                 tile + input * stride);
-                }
-                break;
-            }
-            case Format::kFourBit:
-                multiply_four_bit(
-                    static_cast<const uint8_t*>(matrix.values) + begin * matrix.columns / 2,
-                    static_cast<const uint16_t*>(matrix.scale) + begin, matrix.rows, matrix.table, matrix.columns,
-                    inputs.half_row(first), count, walk, tile, stride);
-                break;
-        }
-        for (int64_t input = 0; matrix.bias != nullptr && input < count; ++input) {
-            for (int64_t row = begin; row < end; ++row) {
-                tile[input * stride + row - begin] += matrix.bias[row];
-            }
+    out += begin;
+    // Exact sums come out the same either way, and for a few inputs walks are faster.
+    const bool is_faster = matrix.format != Format::kInt8Inputs || inputs.count() > kFewInputs;
+    const bool in_tiles = goes_in_tiles(matrix.format) && is_faster;
+    (in_tiles ? multiply_in_tiles : multiply_in_walks)(matrix, begin, end, inputs, out, stride);
+    for (int64_t input = 0; matrix.bias != nullptr && input < inputs.count(); ++input) {
+        for (int64_t row = begin; row < end; ++row) {
+            out[input * stride + row - begin] += matrix.bias[row];
         }
     }
 }

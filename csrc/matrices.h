@@ -14,6 +14,7 @@
 #include "buffers.h"
 #include "linear_int8.h"
 #include "tensors.h"
+#include "tile_products.h"
 
 namespace speckv {
 
@@ -76,6 +77,8 @@ public:
     int64_t columns() const { return columns_; }
     const float* row(int64_t input) const { return values_ + input * columns_; }
     const uint16_t* half_row(int64_t input) const { return halves_.data() + input * columns_; }
+    const TileInputs& tiled_halves() const { return tiled_halves_; }
+    const TileInputs& tiled_bytes() const { return tiled_bytes_; }
     const uint8_t* byte_row(int64_t input) const { return bytes_.data() + input * columns_; }
     float byte_scale(int64_t input) const { return byte_scales_[input]; }
     const std::vector<Outlier>& outliers(int64_t input) const { return outliers_[input]; }
@@ -87,9 +90,10 @@ private:
     int64_t count_ = 0, columns_ = 0;
     void round_to_bytes(float threshold);
 
-    bool has_halves_ = false, has_chunks_ = false;
+    bool has_halves_ = false, has_chunks_ = false, has_tiled_halves_ = false;
     float bytes_threshold_ = -1;  // that bytes_ were made with
     Buffer<uint16_t> halves_;
+    TileInputs tiled_halves_, tiled_bytes_;
     std::vector<Chunk> chunks_;
     Buffer<uint8_t> bytes_;  // 128 more than the rounded values
     std::vector<float> byte_scales_;

@@ -509,7 +509,7 @@ void multiply_bfloat16(
     const uint16_t* weights, int64_t rows, int64_t columns, const uint16_t* x, int64_t inputs, Walk walk,
     float* out, int64_t stride) {
 #if defined(__x86_64__)
-    if (units() == Units::kBf16) {
+    if (units() >= Units::kBf16) {
         SPECKV_BY_UP_TO_EIGHT(inputs, rows_in_units, weights, rows, columns, x, walk, out, stride)
     }
 #endif
@@ -523,7 +523,7 @@ void multiply_four_bit(
     const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table, int64_t columns,
     const uint16_t* x, int64_t inputs, Walk walk, float* out, int64_t stride) {
 #if defined(__x86_64__)
-    if (units() == Units::kBf16) {
+    if (units() >= Units::kBf16) {
         SPECKV_BY_UP_TO_SIX(inputs, block_in_units, indices, scale, scale_stride, table, columns, x, walk, out, stride)
     }
 #endif
@@ -537,7 +537,7 @@ void multiply_bytes(
     const int8_t* weights, int64_t rows, int64_t columns, const uint8_t* x, int64_t inputs, Walk walk, int32_t* out,
     int64_t stride) {
 #if defined(__x86_64__)
-    if (units() == Units::kBf16) {
+    if (units() >= Units::kBf16) {
         SPECKV_BY_UP_TO_EIGHT(inputs, bytes_in_units, weights, rows, columns, x, walk, out, stride)
     }
 #endif

@@ -14,6 +14,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "tiles.h"
+
 namespace speckv {
 
 class Team {
@@ -72,10 +74,12 @@ void with_team(int64_t elements, const Pass& pass) {
     const int64_t threads = elements < 2 * kElementsPerThread ? 1 : torch::stable::get_num_threads();
     Team team(threads);
     if (threads == 1) {
+        const TileUse use;
         pass(team);
         return;
     }
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+        const TileUse use;
         for (int64_t member = begin; member < end; ++member) {
             if (member > 0) {
                 team.help(member);

@@ -9,11 +9,12 @@
 #include <string_view>
 
 #include "checks.h"
+#include "tiles.h"
 
 namespace speckv {
 namespace {
 
-constexpr std::string_view kNames[] = {"plain", "avx2", "avx512", "bf16"};
+constexpr std::string_view kNames[] = {"plain", "avx2", "avx512", "bf16", "amx"};
 
 Units widest() {
 #if defined(__x86_64__)
@@ -27,7 +28,7 @@ Units widest() {
     if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) {
         return Units::kAvx512;
     }
-    return Units::kBf16;
+    return may_use_tiles() ? Units::kAmx : Units::kBf16;
 #else
     return Units::kPlain;
 #endif
@@ -41,7 +42,7 @@ Units chosen() {
     const auto* const found = std::find(std::begin(kNames), std::end(kNames), wanted);
     const auto number = static_cast<Units>(found - kNames);
     if (found == std::end(kNames) || number > widest()) {
-        refuse("SPECKV_UNITS", wanted, ": must be plain, avx2, avx512 or bf16, and no wider than ",
+        refuse("SPECKV_UNITS", wanted, ": must be plain, avx2, avx512, bf16 or amx, and no wider than ",
                kNames[static_cast<int>(widest())], ", which this machine has");
     }
     return number;

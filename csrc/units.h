@@ -4,12 +4,13 @@
 
 namespace speckv {
 
-// Each has what those before it have. Names in the environment: plain, avx2, avx512, bf16.
+// Each has what those before it have. Names in the environment: plain, avx2, avx512, bf16, amx.
 enum class Units {
     kPlain,   // the compiler's baseline: SSE2 on x86, NEON on ARM
     kAvx2,    // with fused multiply-add
     kAvx512,  // of F, BW, DQ and VL
     kBf16,    // with products of bf16 pairs and of bytes (BF16 and VNNI)
+    kAmx,     // with tiles of them, see tiles.h
 };
 
 // The widest of this machine, or those that SPECKV_UNITS in the environment names; raises where they are not here.

@@ -33,7 +33,7 @@ SCHEMAS = {
 }
 TRITON_OPS = ("draft_sample", "plan_gamma", "draft_step", "verify_chain")  # the others run in the reference on a GPU
 BACKENDS = ("reference", "triton", "cpu")
-VECTOR_UNITS = ("plain", "avx2", "avx512", "bf16")  # each has what those before it have, see csrc/units.h
+VECTOR_UNITS = ("plain", "avx2", "avx512", "bf16", "amx")  # each has what those before it have, see csrc/units.h
 BUILD_ADVICE = "build it with 'pip install --no-build-isolation -e .' in the source tree (needs a C++17 compiler)"
 
 _library = torch.library.Library("speckv", "DEF")

@@ -48,7 +48,7 @@ def test_the_build_is_the_one_asked_for():
 def test_units_that_are_not_here_are_refused_with_those_that_are(units):
     result = python("-c", "import speckv.kernels", units=units)
     assert result.returncode != 0
-    assert (f"ImportError: SPECKV_UNITS: {units}: must be plain, avx2, avx512 or bf16, and no wider than "
+    assert (f"ImportError: SPECKV_UNITS: {units}: must be plain, avx2, avx512, bf16 or amx, and no wider than "
             f"{vector_units()}, which this machine has") in result.stderr
 
 
@@ -58,25 +58,25 @@ def test_matrices_come_out_as_in_the_widest_build(units):
         import torch
         from speckv.kernels import serving
         torch.manual_seed(0)
-        no, x = torch.empty(0), torch.randn(6, 576)
+        no, x = torch.empty(0), torch.randn(37, 576)
         table = torch.linspace(-1, 1, 16)
         matrices = [
             (torch.randn(100, 576).bfloat16(), no, no, no),
             (torch.randint(0, 256, (96, 288), dtype=torch.uint8), torch.rand(9, 96).bfloat16(), no, table),
             (torch.randint(-128, 128, (100, 576), dtype=torch.int8), torch.rand(100), no, torch.tensor([2.5])),
+            (torch.randn(37, 91).bfloat16(), no, torch.randn(37), no),
+            (torch.randint(-128, 128, (37, 91), dtype=torch.int8), torch.rand(37), torch.randn(37), torch.tensor([2.5])),
         ]
         numbers = [torch.ops.speckv.open_matrix(*parts) for parts in matrices]
-        for number in numbers:
-            for count in (1, 6):
-                print(torch.ops.speckv.multiply_matrix(number, x[:count])[0, :90].tolist())
-        for number in numbers:
-            print(torch.ops.speckv.multiply_matrix(number, x).tolist())
+        for number, (weight, *_) in zip(numbers, matrices):
+            columns = weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
+            products = [torch.ops.speckv.multiply_matrix(number, x[:count, :columns]) for count in (1, 3, 6, 16, 37)]
+            for some in products[:-1]:
+                assert torch.equal(some, products[-1][:len(some)])  # whatever others there are
+            print(products[-1].tolist())
     """)
     builds = [python("-c", code, units=each).stdout.splitlines() for each in (vector_units(), units)]
-    assert len(builds[0]) == 9
+    assert len(builds[0]) == 5
     for widest, narrower in zip(*builds, strict=True):
         both = (torch.tensor(json.loads(line)) for line in (widest, narrower))
         torch.testing.assert_close(*both, rtol=1e-4, atol=1e-3)
-    for build in builds:
-        for i in range(0, 6, 2):
-            assert build[i] == build[i + 1]  # one row alone and among others

@@ -1,0 +1,283 @@
+#include "tile_products.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "matrices.h"
+#include "prefetch.h"
+
+#if SPECKV_HAS_TILES
+#include <immintrin.h>
+#endif
+
+namespace speckv {
+
+void TileInputs::arrange(const void* rows, int64_t row_bytes, int64_t count) {
+    constexpr int64_t word_bytes = sizeof(uint32_t);
+    in_group_ = std::min(count, kTileWidth);
+    for (width_ = 1; width_ < in_group_; width_ *= 2) {  // a row of them crosses no line
+    }
+    steps_ = (row_bytes + kTileBytes - 1) / kTileBytes;
+    const int64_t groups = (count + kTileWidth - 1) / kTileWidth, whole = row_bytes / word_bytes;
+    words_.resize(groups * steps_ * kTileHeight * width_);
+    for (int64_t group = 0; group < groups; ++group) {
+        uint32_t* const to = words_.data() + group * steps_ * kTileHeight * width_;
+        const int64_t first = group * kTileWidth;
+        for (int64_t i = 0; i < in_group_; ++i) {
+            if (first + i >= count) {
+                for (int64_t word = 0; word < steps_ * kTileHeight; ++word) {
+                    to[word * width_ + i] = 0;
+                }
+                continue;
+            }
+            const char* const row = static_cast<const char*>(rows) + (first + i) * row_bytes;
+            for (int64_t word = 0; word < whole; ++word) {
+                std::memcpy(to + word * width_ + i, row + word * word_bytes, word_bytes);
+            }
+            for (int64_t word = whole; word < steps_ * kTileHeight; ++word) {
+                to[word * width_ + i] = 0;
+            }
+            std::memcpy(to + whole * width_ + i, row + whole * word_bytes, row_bytes % word_bytes);
+        }
+    }
+}
+
+#if SPECKV_HAS_TILES
+namespace {
+
+// What bf16 and bytes differ in.
+struct Pairs {
+    using Sum = float;
+    template <int sum, int first, int second>
+    SPECKV_TILES static void add() { add_pairs<sum, first, second>(); }
+};
+struct Bytes {
+    using Sum = int32_t;
+    template <int sum, int first, int second>
+    SPECKV_TILES static void add() { add_bytes<sum, first, second>(); }
+};
+
+// 16 rows of weights or fewer. What is beyond their ends counts as zero and is not read.
+struct Rows {
+    const char* start;
+    int64_t count, row_bytes;
+};
+
+template <int tile>
+SPECKV_TILES inline void load_weights(const Rows& rows, int64_t byte) {
+    const int64_t width = std::min(kTileBytes, rows.row_bytes - byte);
+    if (rows.count == kTileHeight && width == kTileBytes) {
+        load_tile<tile>(rows.start + byte, rows.row_bytes);
+        return;
+    }
+    alignas(kTileBytes) char padded[kTileHeight * kTileBytes] = {};
+    for (int64_t row = 0; row < rows.count; ++row) {
+        std::memcpy(padded + row * kTileBytes, rows.start + row * rows.row_bytes + byte, width);
+    }
+    load_tile<tile>(padded, kTileBytes);
+}
+
+// Sums of 16 rows, or the first of them, to where they belong.
+template <int tile, class Sum>
+SPECKV_TILES inline void store_sums(int64_t rows, int64_t inputs, Sum* out, int64_t stride) {
+    alignas(kTileBytes) Sum sums[kTileHeight * kTileWidth];
+    store_tile<tile>(sums, kTileBytes);
+    const auto mask = static_cast<__mmask16>((1u << rows) - 1);
+    const __m512i at = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 4);
+    for (int64_t input = 0; input < inputs; ++input) {
+        _mm512_mask_storeu_epi32(out + input * stride, mask, _mm512_i32gather_epi32(at, sums + input, sizeof(Sum)));
+    }
+}
+
+// Asks for what a few steps ahead takes of all rows, or of those of the next block.
+SPECKV_TILES inline void prefetch_step(const Rows (&halves)[2], int64_t step, int64_t steps) {
+    constexpr int64_t kStepsAhead = 3;
+    const int64_t rows = halves[0].count + halves[1].count, row_bytes = halves[0].row_bytes;
+    int64_t at = step + kStepsAhead;
+    const char* from = halves[0].start;
+    if (at >= steps) {
+        at -= steps;
+        from += rows * row_bytes;
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+        _mm_prefetch(from + row * row_bytes + at * kTileBytes, _MM_HINT_T1);
+    }
+}
+
+// Both halves of a block with one group of inputs or two.
+template <class Kind, int groups>
+SPECKV_TILES void block_with_groups(
+    const Rows (&halves)[2], const TileInputs& inputs, int64_t group, int64_t count, typename Kind::Sum* out,
+    int64_t stride) {
+    clear_tile<0>();
+    clear_tile<1>();
+    if constexpr (groups == 2) {
+        clear_tile<2>();
+        clear_tile<3>();
+    }
+    for (int64_t step = 0; step < inputs.steps(); ++step) {
+        const int64_t byte = step * kTileBytes;
+        if (group == 0) {
+            prefetch_step(halves, step, inputs.steps());
+        }
+        load_tile<6>(inputs.step(group, step), inputs.stride_bytes());
+        load_weights<4>(halves[0], byte);
+        Kind::template add<0, 4, 6>();
+        load_weights<5>(halves[1], byte);
+        Kind::template add<1, 5, 6>();
+        if constexpr (groups == 2) {
+            load_tile<7>(inputs.step(group + 1, step), inputs.stride_bytes());
+            Kind::template add<2, 4, 7>();
+            Kind::template add<3, 5, 7>();
+        }
+    }
+    const int64_t here = std::min(count, kTileWidth);
+    store_sums<0>(halves[0].count, here, out, stride);
+    store_sums<1>(halves[1].count, here, out + kTileHeight, stride);
+    if constexpr (groups == 2) {
+        out += kTileWidth * stride;
+        store_sums<2>(halves[0].count, count - kTileWidth, out, stride);
+        store_sums<3>(halves[1].count, count - kTileWidth, out + kTileHeight, stride);
+    }
+}
+
+template <class Kind>
+SPECKV_TILES void block_by_groups(
+    const void* weights, int64_t rows, int64_t row_bytes, const TileInputs& inputs, int64_t count,
+    typename Kind::Sum* out, int64_t stride) {
+    shape_tiles(Shape::kWeightsFirst, inputs.in_group());
+    const auto* const start = static_cast<const char*>(weights);
+    const int64_t high = std::min(rows, kTileHeight);
+    const Rows halves[2] = {{start, high, row_bytes}, {start + high * row_bytes, rows - high, row_bytes}};
+    for (int64_t first = 0; first < count; first += 2 * kTileWidth) {
+        const int64_t here = std::min(2 * kTileWidth, count - first);
+        if (here > kTileWidth) {
+            block_with_groups<Kind, 2>(halves, inputs, first / kTileWidth, here, out + first * stride, stride);
+        } else {
+            block_with_groups<Kind, 1>(halves, inputs, first / kTileWidth, here, out + first * stride, stride);
+        }
+    }
+}
+
+SPECKV_TILES inline __m512 widen_scale(const uint16_t* from) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+// 64 columns of a block of 32 rows of 4 bits as four second factors: the columns' first half of the low rows and of the
+// high ones, and the second half.
+struct Unpacked {
+    alignas(kTileBytes) uint16_t tiles[4][kTileHeight * kTileBytes / sizeof(uint16_t)];
+};
+
+SPECKV_TILES inline void unpack(const uint8_t* indices, __m512i table, Unpacked& to) {
+#pragma GCC unroll 8
+    for (int64_t pair = 0; pair < kScaledColumns / 2; ++pair) {
+        const uint8_t* const from = indices + pair * kBlockRows;
+        if (pair % 2 == 0) {
+            prefetch(from, Fetch::kIntoL2);
+        }
+        const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+        const int64_t at = pair % kTileHeight * 32;
+        uint16_t(*const tiles)[512] = to.tiles + pair / kTileHeight * 2;
+        _mm512_store_si512(tiles[0] + at, _mm512_permutexvar_epi16(index, table));
+        _mm512_store_si512(tiles[1] + at, _mm512_permutexvar_epi16(_mm512_srli_epi16(index, 4), table));
+    }
+}
+
+// Up to kTileWidth inputs.
+SPECKV_TILES void four_bit_with_group(
+    const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, __m512i table, int64_t columns,
+    const uint16_t* x, int64_t inputs, float* out, int64_t stride) {
+    constexpr int64_t group_bytes = kScaledColumns / 2 * kBlockRows;
+    Unpacked unpacked[2];
+    alignas(kTileBytes) float sums[2][kTileWidth * kTileHeight];
+    __m512 totals[kTileWidth][2];
+    for (int64_t input = 0; input < inputs; ++input) {
+        totals[input][0] = totals[input][1] = _mm512_setzero_ps();
+    }
+    const int64_t x_bytes = columns * int64_t{sizeof(uint16_t)};
+    const int64_t groups = columns / kScaledColumns;
+    unpack(indices, table, unpacked[0]);
+    for (int64_t group = 0; group < groups; ++group) {
+        const Unpacked& weights = unpacked[group % 2];
+        const uint16_t* const values = x + group * kScaledColumns;
+        clear_tile<0>();
+        clear_tile<1>();
+        load_tile<4>(values, x_bytes);
+        load_tile<5>(values + kScaledColumns / 2, x_bytes);
+        load_tile<6>(weights.tiles[0], kTileBytes);
+        add_pairs<0, 4, 6>();
+        load_tile<7>(weights.tiles[1], kTileBytes);
+        add_pairs<1, 4, 7>();
+        load_tile<6>(weights.tiles[2], kTileBytes);
+        add_pairs<0, 5, 6>();
+        load_tile<7>(weights.tiles[3], kTileBytes);
+        add_pairs<1, 5, 7>();
+        if (group + 1 < groups) {  // beside the products
+            unpack(indices + (group + 1) * group_bytes, table, unpacked[(group + 1) % 2]);
+        }
+        store_tile<0>(sums[0], kTileBytes);
+        store_tile<1>(sums[1], kTileBytes);
+        const uint16_t* const row_scale = scale + group * scale_stride;
+        _mm_prefetch(reinterpret_cast<const char*>(row_scale + 2 * kBlockRows), _MM_HINT_T1);  // of the block after next
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            const __m512 scales = widen_scale(row_scale + half * kTileHeight);
+            for (int64_t input = 0; input < inputs; ++input) {
+                const __m512 sum = _mm512_load_ps(sums[half] + input * kTileHeight);
+                totals[input][half] = _mm512_fmadd_ps(sum, scales, totals[input][half]);
+            }
+        }
+    }
+    for (int64_t input = 0; input < inputs; ++input) {
+        _mm512_storeu_ps(out + input * stride, totals[input][0]);
+        _mm512_storeu_ps(out + input * stride + kTileHeight, totals[input][1]);
+    }
+}
+
+// Twice the 16 values: the lookup reads five bits, of which the highest belongs to the other row.
+SPECKV_TILES __m512i twice(const float* table) {
+    alignas(kTileBytes) uint16_t halves[32];
+    for (int i = 0; i < 32; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, table + i % 16, sizeof(bits));
+        halves[i] = static_cast<uint16_t>(bits >> 16);
+    }
+    return _mm512_load_si512(halves);
+}
+
+SPECKV_TILES void four_bit_by_groups(
+    const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table, int64_t columns,
+    const uint16_t* x, int64_t inputs, float* out, int64_t stride) {
+    const __m512i doubled = twice(table);
+    for (int64_t first = 0; first < inputs; first += kTileWidth) {
+        const int64_t count = std::min(kTileWidth, inputs - first);
+        shape_tiles(Shape::kInputsFirst, count);
+        four_bit_with_group(
+            indices, scale, scale_stride, doubled, columns, x + first * columns, count, out + first * stride, stride);
+    }
+}
+
+}  // namespace
+
+void multiply_bfloat16_in_tiles(
+    const uint16_t* weights, int64_t rows, int64_t columns, const TileInputs& inputs, int64_t count, float* out,
+    int64_t stride) {
+    block_by_groups<Pairs>(weights, rows, columns * int64_t{sizeof(uint16_t)}, inputs, count, out, stride);
+}
+
+void multiply_bytes_in_tiles(
+    const int8_t* weights, int64_t rows, int64_t columns, const TileInputs& inputs, int64_t count, int32_t* out,
+    int64_t stride) {
+    block_by_groups<Bytes>(weights, rows, columns, inputs, count, out, stride);
+}
+
+void multiply_four_bit_in_tiles(
+    const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table, int64_t columns,
+    const uint16_t* x, int64_t inputs, float* out, int64_t stride) {
+    four_bit_by_groups(indices, scale, scale_stride, table, columns, x, inputs, out, stride);
+}
+#endif
+
+}  // namespace speckv
