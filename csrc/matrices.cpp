@@ -47,6 +47,11 @@ bool goes_in_tiles(Format format) {
            (format == Format::kBFloat16 || format == Format::kInt8Inputs || format == Format::kFourBit);
 }
 
+// What a first factor of tiles reads of so many rows; those beyond them count for nothing.
+int64_t rows_of_tiles(int64_t count) {
+    return count <= kTileWidth ? count : (count + kTileWidth - 1) / kTileWidth * kTileWidth;
+}
+
 }  // namespace
 
 std::unique_ptr<Matrix> make_matrix(
@@ -121,7 +126,7 @@ void Inputs::arrange_for(const Matrix& matrix) {
     if (format == Format::kInt8Inputs && bytes_threshold_ != matrix.threshold) {
         round_to_bytes(matrix.threshold);
     } else if ((format == Format::kBFloat16 || format == Format::kFourBit) && !has_halves_) {
-        halves_.resize(count_ * columns_);
+        halves_.resize(rows_of_tiles(count_) * columns_);
         store_bfloat16(values_, count_ * columns_, halves_.data());
         has_halves_ = true;
     } else if (format == Format::kInt8 && !has_chunks_) {

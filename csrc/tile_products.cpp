@@ -185,42 +185,55 @@ SPECKV_TILES inline void unpack(const uint8_t* indices, __m512i table, Unpacked&
     }
 }
 
-// Up to kTileWidth inputs.
-SPECKV_TILES void four_bit_with_group(
+// One group of up to kTileWidth inputs or two, for which the weights are unpacked once. x has rows enough for as many as
+// the tiles are shaped for.
+template <int groups>
+SPECKV_TILES void four_bit_with_groups(
     const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, __m512i table, int64_t columns,
     const uint16_t* x, int64_t inputs, float* out, int64_t stride) {
-    constexpr int64_t group_bytes = kScaledColumns / 2 * kBlockRows;
+    constexpr int64_t block_bytes = kScaledColumns / 2 * kBlockRows;
     Unpacked unpacked[2];
-    alignas(kTileBytes) float sums[2][kTileWidth * kTileHeight];
-    __m512 totals[kTileWidth][2];
+    alignas(kTileBytes) float sums[2][groups * kTileWidth * kTileHeight];
+    __m512 totals[groups * kTileWidth][2];
     for (int64_t input = 0; input < inputs; ++input) {
         totals[input][0] = totals[input][1] = _mm512_setzero_ps();
     }
     const int64_t x_bytes = columns * int64_t{sizeof(uint16_t)};
-    const int64_t groups = columns / kScaledColumns;
+    const int64_t blocks = columns / kScaledColumns;
     unpack(indices, table, unpacked[0]);
-    for (int64_t group = 0; group < groups; ++group) {
-        const Unpacked& weights = unpacked[group % 2];
-        const uint16_t* const values = x + group * kScaledColumns;
+    for (int64_t block = 0; block < blocks; ++block) {
+        const Unpacked& weights = unpacked[block % 2];
+        const uint16_t* const values = x + block * kScaledColumns;
         clear_tile<0>();
         clear_tile<1>();
-        load_tile<4>(values, x_bytes);
-        load_tile<5>(values + kScaledColumns / 2, x_bytes);
-        load_tile<6>(weights.tiles[0], kTileBytes);
-        add_pairs<0, 4, 6>();
-        load_tile<7>(weights.tiles[1], kTileBytes);
-        add_pairs<1, 4, 7>();
-        load_tile<6>(weights.tiles[2], kTileBytes);
-        add_pairs<0, 5, 6>();
-        load_tile<7>(weights.tiles[3], kTileBytes);
-        add_pairs<1, 5, 7>();
-        if (group + 1 < groups) {  // beside the products
-            unpack(indices + (group + 1) * group_bytes, table, unpacked[(group + 1) % 2]);
+        if constexpr (groups == 2) {
+            clear_tile<2>();
+            clear_tile<3>();
+        }
+#pragma GCC unroll 2
+        for (int part = 0; part < 2; ++part) {
+            load_tile<4>(values + part * kScaledColumns / 2, x_bytes);
+            load_tile<6>(weights.tiles[2 * part], kTileBytes);
+            add_pairs<0, 4, 6>();
+            load_tile<7>(weights.tiles[2 * part + 1], kTileBytes);
+            add_pairs<1, 4, 7>();
+            if constexpr (groups == 2) {
+                load_tile<5>(values + kTileWidth * columns + part * kScaledColumns / 2, x_bytes);
+                add_pairs<2, 5, 6>();
+                add_pairs<3, 5, 7>();
+            }
+        }
+        if (block + 1 < blocks) {  // beside the products
+            unpack(indices + (block + 1) * block_bytes, table, unpacked[(block + 1) % 2]);
         }
         store_tile<0>(sums[0], kTileBytes);
         store_tile<1>(sums[1], kTileBytes);
-        const uint16_t* const row_scale = scale + group * scale_stride;
-        _mm_prefetch(reinterpret_cast<const char*>(row_scale + 2 * kBlockRows), _MM_HINT_T1);  // of the block after next
+        if constexpr (groups == 2) {
+            store_tile<2>(sums[0] + kTileWidth * kTileHeight, kTileBytes);
+            store_tile<3>(sums[1] + kTileWidth * kTileHeight, kTileBytes);
+        }
+        const uint16_t* const row_scale = scale + block * scale_stride;
+        _mm_prefetch(reinterpret_cast<const char*>(row_scale + 2 * kBlockRows), _MM_HINT_T1);  // of two blocks of rows on
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
             const __m512 scales = widen_scale(row_scale + half * kTileHeight);
@@ -251,11 +264,11 @@ SPECKV_TILES void four_bit_by_groups(
     const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table, int64_t columns,
     const uint16_t* x, int64_t inputs, float* out, int64_t stride) {
     const __m512i doubled = twice(table);
-    for (int64_t first = 0; first < inputs; first += kTileWidth) {
-        const int64_t count = std::min(kTileWidth, inputs - first);
-        shape_tiles(Shape::kInputsFirst, count);
-        four_bit_with_group(
-            indices, scale, scale_stride, doubled, columns, x + first * columns, count, out + first * stride, stride);
+    shape_tiles(Shape::kInputsFirst, std::min(inputs, kTileWidth));
+    for (int64_t first = 0; first < inputs; first += 2 * kTileWidth) {
+        const int64_t count = std::min(2 * kTileWidth, inputs - first);
+        const auto multiply = count > kTileWidth ? four_bit_with_groups<2> : four_bit_with_groups<1>;
+        multiply(indices, scale, scale_stride, doubled, columns, x + first * columns, count, out + first * stride, stride);
     }
 }
 
