@@ -1,4 +1,5 @@
-// A whole draft of a feature head in one call: its tokens, one after the other, and whether each is worth another.
+// A whole draft of a feature head in one call, or several: the tokens, one after the other, and whether each is worth
+// another.
 //
 // Token by token Python would read and make a dozen small objects between two of them, with code and data that a pass
 // over the target's weights has driven from the caches. What is decided, and when, is what speckv.policy and
@@ -10,6 +11,9 @@
 #include <chrono>
 #include <cmath>
 #include <exception>
+#include <memory>
+#include <numeric>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -30,95 +34,210 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// Drafts up to `most` tokens behind the first `end` of ids [1, room], into ids.
+// The numbers of a sequence's draft, as draft_chains is given them.
+struct Numbers {
+    static constexpr int64_t kWhole = 5, kReal = 10;
+
+    int64_t start, end, most, first, cached;
+    Limits limits;
+    double draft_ms, rate, scale, stands;
+    int64_t most_counted, look_ahead, others;
+
+    Numbers(const int64_t* whole, const double* real)
+        : start(whole[0]), end(whole[1]), most(whole[2]), first(whole[3]), cached(whole[4]),
+          limits{real[0], real[1], real[2]}, draft_ms(real[3]), rate(real[4]), scale(real[5]), stands(real[6]),
+          most_counted(static_cast<int64_t>(real[7])), look_ahead(static_cast<int64_t>(real[8])),
+          others(static_cast<int64_t>(real[9])) {}
+};
+
+// The tensors of a sequence's draft.
+struct Parts {
+    Tensor ids, brought, state, states, keys, values, temperature, uniform;
+    std::vector<Tensor> filters, controller;
+};
+
+// The draft of one sequence.
+class Draft {
+public:
+    // logits is memory to draw from.
+    Draft(const char* op, const DraftHead& head, const Numbers& numbers, const Parts& parts, Buffer<float>& logits)
+        : op_(op), head_(head), numbers_(numbers), states_(as_contiguous(parts.states)),
+          uniform_(as_contiguous(parts.uniform)), logits_(logits) {
+        check_shape(op, "ids", parts.ids, {1, kAnySize});
+        check_int64(op, "ids", parts.ids);
+        const auto [start, end, most] = std::tuple{numbers.start, numbers.end, numbers.most};
+        const int64_t room = parts.ids.size(1);
+        if (!parts.ids.is_contiguous() || most < 1 || end < 1 || most > room || end > room - most || start < 0 ||
+            start >= end) {
+            refuse(op, "ids must be contiguous, start in [0, end), and there must be room for a draft of one token or more");
+        }
+        inputs_ = check_head_inputs(op, head, start, end - start, most - 1, parts.brought, parts.state, states_,
+                                    numbers.first, parts.keys, parts.values, numbers.cached);
+        tokens_ = mutable_data<int64_t>(parts.ids);
+        check_embedding(op, head.embedding, head.hidden(), tokens_ + start, inputs_.count);
+        check_shape(op, "temperature", parts.temperature, {1});
+        check_float32(op, "temperature", parts.temperature);
+        check_shape(op, "uniform", uniform_, {1, kAnySize});
+        check_float32(op, "uniform", uniform_);
+        if (uniform_.size(1) < most) {
+            refuse(op, "uniform must have a number for each of ", most, " tokens");
+        }
+        const FilterTensors filter_tensors{filter(parts, 0), filter(parts, 1), filter(parts, 2)};
+        filter_tensors.check(op, 1);
+        temperature_ = *data<float>(parts.temperature);
+        for (int64_t i = 0; i < most; ++i) {
+            check_sampling_values(op, &temperature_, data<float>(uniform_) + i, 1, 1);
+        }
+        filters_ = filters_of(filters_of_rows(op, filter_tensors, 1), 0);
+        if (!parts.controller.empty()) {
+            worth_.emplace(op, parts.controller, numbers.draft_ms, numbers.rate, numbers.scale, numbers.most_counted,
+                           numbers.look_ahead, numbers.others);
+        }
+        samples_.reserve(most);
+        logits_.resize(std::max<size_t>(logits_.size(), (is_greedy() ? 1 : most) * width()));
+    }
+
+    bool is_greedy() const { return temperature_ == 0; }
+    int64_t drafted() const { return static_cast<int64_t>(samples_.size()); }
+    const float* logits() const { return logits_.data(); }
+
+    // What the head is to read for the next token.
+    HeadRead wanted() {
+        float* const row = logits_.data() + (is_greedy() ? 0 : drafted() * width());
+        if (drafted() == 0) {
+            return {&inputs_, tokens_ + numbers_.start, numbers_.start, inputs_.count, numbers_.cached, row};
+        }
+        const int64_t position = numbers_.end + drafted() - 1;
+        return {&inputs_, tokens_ + position, position, 1, numbers_.cached + inputs_.count + drafted() - 1, row};
+    }
+
+    // Draws the next token from the logits that were wanted.
+    void draw() {
+        const float* const row = logits_.data() + (is_greedy() ? 0 : drafted() * width());
+        samples_.push_back(draft_sample_row(
+            {row, Dtype::kFloat32, width()}, temperature_, data<float>(uniform_)[drafted()], filters_));
+    }
+
+    // Whether another one is wanted.
+    bool goes_on(int64_t sequence) {
+        const int64_t last = drafted() - 1;
+        const DraftSample& sample = samples_.back();
+        if (!sample.is_valid) {
+            refuse(op_, "row ", sequence, ": ",
+                   reason({logits_.data() + (is_greedy() ? 0 : last * width()), Dtype::kFloat32, width()}));
+        }
+        tokens_[numbers_.end + last] = head_.token_ids[sample.token];
+        const double before = survival_;
+        survival_ *= sample.confidence;
+        const Worth::Drawn drawn{sample.entropy, sample.confidence, -1.0, numbers_.stands, before, survival_};
+        const bool is_worth_it = !worth_ || worth_->goes_on(last, drawn);
+        return is_worth_it && sample.confidence >= numbers_.limits.least_confidence &&
+               sample.entropy <= numbers_.limits.most_entropy && survival_ >= numbers_.limits.least_survival &&
+               drafted() < numbers_.most;
+    }
+
+    void report(double in_head, double outside, double* out) {
+        *out++ = static_cast<double>(drafted());
+        *out++ = in_head;
+        *out++ = outside;
+        *out++ = worth_ ? worth_->acceptance_of(drafted()) : std::nan("");
+        for (const DraftSample& sample : samples_) {
+            *out++ = sample.entropy;
+            *out++ = sample.confidence;
+        }
+    }
+
+private:
+    static std::optional<Tensor> filter(const Parts& parts, size_t number) {
+        const Tensor& given = parts.filters[number];
+        return given.numel() == 0 ? std::nullopt : std::optional<Tensor>(given);
+    }
+
+    int64_t width() const { return head_.output->rows; }
+
+    const char* const op_;
+    const DraftHead& head_;
+    const Numbers numbers_;
+    const Tensor states_, uniform_;
+    HeadInputs inputs_;
+    int64_t* tokens_;
+    float temperature_;
+    Filters filters_;
+    std::optional<Worth> worth_;
+    Buffer<float>& logits_;
+    std::vector<DraftSample> samples_;
+    double survival_ = 1.0;
+};
+
+// Drafts for n sequences, of each up to `most` tokens behind the first `end` of ids [1, room], into ids, token after
+// token of all in one walk through the head's weights. What one gets does not depend on the others.
 //
-// start, brought, state, states, first, keys, values and cached are as in read_head; the head reads what lies between
-// start and end first. uniform [1, most or more]; temperature and filters [1]. controller is empty where only the limits
-// end a draft; else it and what follows are as in worth.h.
+// whole holds start, end, most, first and cached of each sequence; start, brought, state, states, first, keys, values
+// and cached are as in read_head; the head reads what lies between start and end first. uniform [1, most or more];
+// temperature [1]; filters are three for each, top_k, top_p and min_p, [1] or empty. A controller's tensors are six for
+// each, all of them or none: without, only the limits end a draft; else it and what follows are as in worth.h. real
+// holds of each least_confidence, most_entropy, least_survival, draft_ms, rate, scale, stands, most_counted, look_ahead
+// and others.
 //
-// Returns the logits [drafted, S] the tokens were drawn from, none where the temperature is 0, and a report [3 + 2 ·
-// drafted] f64: how many seconds passed in the head, how many outside, the controller's acceptance of the draft (NaN
+// Returns the logits that the tokens were drawn from, those of all sequences one after the other [sum of drafted, S],
+// without those of a temperature of 0, and a report [n, 4 + 2 · the most drafted] f64: how many tokens, how many seconds
+// passed in the head and how many outside, for all sequences together, the controller's acceptance of the draft (NaN
 // without one), then entropy and confidence of each token.
-std::tuple<Tensor, Tensor> draft_chain(
-    int64_t number, Tensor ids, int64_t start, int64_t end, int64_t most, Tensor brought, Tensor state, Tensor states,
-    int64_t first, Tensor keys, Tensor values, int64_t cached, Tensor temperature, Tensor uniform,
-    std::optional<Tensor> top_k, std::optional<Tensor> top_p, std::optional<Tensor> min_p, double least_confidence,
-    double most_entropy, double least_survival, std::vector<Tensor> controller, double draft_ms, double rate,
-    double scale, double stands, int64_t most_counted, int64_t look_ahead, int64_t others) {
-    const char* const op = "draft_chain";
+std::tuple<Tensor, Tensor> draft_chains(
+    int64_t number, std::vector<Tensor> ids, std::vector<int64_t> whole, std::vector<Tensor> brought,
+    std::vector<Tensor> state, std::vector<Tensor> states, std::vector<Tensor> keys, std::vector<Tensor> values,
+    std::vector<Tensor> temperature, std::vector<Tensor> uniform, std::vector<Tensor> filters,
+    std::vector<Tensor> controllers, std::vector<double> real) {
+    const char* const op = "draft_chains";
     const auto begun = std::chrono::steady_clock::now();
     const auto head = heads().get(op, number);
-    check_shape(op, "ids", ids, {1, kAnySize});
-    check_int64(op, "ids", ids);
-    const int64_t room = ids.size(1);
-    if (!ids.is_contiguous() || most < 1 || end < 1 || most > room || end > room - most || start < 0 || start >= end) {
-        refuse(op, "ids must be contiguous, start in [0, end), and there must be room for a draft of one token or more");
+    const size_t count = ids.size(), tensors = controllers.size() / std::max<size_t>(count, 1);
+    for (const std::vector<Tensor>* some : {&brought, &state, &states, &keys, &values, &temperature, &uniform}) {
+        if (some->size() != count || count == 0) {
+            refuse(op, "there must be as many tensors of each kind as sequences, one or more");
+        }
     }
-    const Tensor whole_states = as_contiguous(states);
-    const HeadInputs inputs = check_head_inputs(
-        op, *head, start, end - start, most - 1, brought, state, whole_states, first, keys, values, cached);
-    auto* const tokens = mutable_data<int64_t>(ids);
-    check_embedding(op, head->embedding, head->hidden(), tokens + start, inputs.count);
-    check_shape(op, "temperature", temperature, {1});
-    check_float32(op, "temperature", temperature);
-    check_shape(op, "uniform", uniform, {1, kAnySize});
-    check_float32(op, "uniform", uniform);
-    if (uniform.size(1) < most) {
-        refuse(op, "uniform must have a number for each of ", most, " tokens");
+    if (whole.size() != count * Numbers::kWhole || real.size() != count * Numbers::kReal ||
+        filters.size() != 3 * count || controllers.size() != tensors * count) {
+        refuse(op, "there must be as many numbers, filters and controllers as sequences");
     }
-    const Tensor uniforms = as_contiguous(uniform);
-    const FilterTensors filter_tensors{top_k, top_p, min_p};
-    filter_tensors.check(op, 1);
-    const float temperature_value = *data<float>(temperature);
-    for (int64_t i = 0; i < most; ++i) {
-        check_sampling_values(op, &temperature_value, data<float>(uniforms) + i, 1, 1);
+    static thread_local std::vector<Buffer<float>> memory;
+    memory.resize(std::max(memory.size(), count));
+    std::vector<std::unique_ptr<Draft>> drafts;
+    for (size_t i = 0; i < count; ++i) {
+        drafts.push_back(std::make_unique<Draft>(
+            op, *head, Numbers(&whole[i * Numbers::kWhole], &real[i * Numbers::kReal]),
+            Parts{ids[i], brought[i], state[i], states[i], keys[i], values[i], temperature[i], uniform[i],
+                  {filters.begin() + 3 * i, filters.begin() + 3 * (i + 1)},
+                  {controllers.begin() + tensors * i, controllers.begin() + tensors * (i + 1)}},
+            memory[i]));
     }
-    const Filters filters = filters_of(filters_of_rows(op, filter_tensors, 1), 0);
-
-    const Limits limits{least_confidence, most_entropy, least_survival};
-    std::optional<Worth> worth;
-    if (!controller.empty()) {
-        worth.emplace(op, controller, draft_ms, rate, scale, most_counted, look_ahead, others);
-    }
-
-    const int64_t width = head->output->rows;
-    const bool is_greedy = temperature_value == 0;
-    Tensor logits = empty_float32<2>({is_greedy ? 0 : most, width});
-    static thread_local Buffer<float> one_row;
-    one_row.resize(is_greedy ? width : 0);
-    float* const rows = is_greedy ? one_row.data() : mutable_data<float>(logits);
-    std::vector<double> report(3, std::nan(""));
     std::exception_ptr failed;
     double in_head = 0.0;
     const auto draft = [&](Team& team) {
         HeadPass pass(*head, team);
-        double survival = 1.0;
-        for (int64_t i = 0; i < most; ++i) {
-            float* const row = is_greedy ? rows : rows + i * width;
+        std::vector<size_t> active(count), still;
+        std::iota(active.begin(), active.end(), size_t{0});
+        for (bool is_first = true; !active.empty(); is_first = false) {
             const auto asked = std::chrono::steady_clock::now();
-            if (i == 0) {
-                pass.begin(inputs, tokens + start, false, row);
+            std::vector<HeadRead> reads;
+            for (const size_t i : active) {
+                reads.push_back(drafts[i]->wanted());
+            }
+            if (is_first) {
+                pass.begin(reads, false);
             } else {
-                pass.next(inputs, tokens[end + i - 1], end + i - 1, cached + inputs.count + i - 1, row);
+                pass.next(reads);
             }
             in_head += seconds_since(asked);
-            const Row drafted_from{row, Dtype::kFloat32, width};
-            const DraftSample sample = draft_sample_row(
-                drafted_from, temperature_value, data<float>(uniforms)[i], filters);
-            if (!sample.is_valid) {
-                refuse(op, "row 0: ", reason(drafted_from));
+            team.run(static_cast<int64_t>(active.size()), [&](int64_t i) { drafts[active[i]]->draw(); });
+            still.clear();
+            for (const size_t i : active) {
+                if (drafts[i]->goes_on(static_cast<int64_t>(i))) {
+                    still.push_back(i);
+                }
             }
-            tokens[end + i] = head->token_ids[sample.token];
-            report.push_back(sample.entropy);
-            report.push_back(sample.confidence);
-            const double before = survival;
-            survival *= sample.confidence;
-            const Worth::Drawn drawn{sample.entropy, sample.confidence, -1.0, stands, before, survival};
-            const bool is_worth_it = !worth || worth->goes_on(i, drawn);
-            if (!is_worth_it || sample.confidence < limits.least_confidence ||
-                sample.entropy > limits.most_entropy || survival < limits.least_survival) {
-                break;
-            }
+            std::swap(active, still);
         }
     };
     with_team(head->work(), [&](Team& team) {
@@ -131,15 +250,25 @@ std::tuple<Tensor, Tensor> draft_chain(
     if (failed) {
         std::rethrow_exception(failed);
     }
-    const auto drafted = static_cast<int64_t>(report.size() - 3) / 2;
-    if (worth) {
-        report[2] = worth->acceptance_of(drafted);
+    int64_t rows = 0, longest = 0;
+    for (const auto& each : drafts) {
+        rows += each->is_greedy() ? 0 : each->drafted();
+        longest = std::max(longest, each->drafted());
     }
-    Tensor reported = empty<1>({static_cast<int64_t>(report.size())}, aoti_torch_dtype_float64());
-    report[0] = in_head;
-    report[1] = seconds_since(begun) - in_head;
-    std::copy(report.begin(), report.end(), mutable_data<double>(reported));
-    return {is_greedy || drafted == most ? logits : torch::stable::narrow(logits, 0, 0, drafted), reported};
+    const int64_t width = head->output->rows, columns = 4 + 2 * longest;
+    Tensor logits = empty_float32<2>({rows, width});
+    Tensor reported = empty<2>({static_cast<int64_t>(count), columns}, aoti_torch_dtype_float64());
+    auto* row = mutable_data<float>(logits);
+    auto* report = mutable_data<double>(reported);
+    std::fill_n(report, static_cast<int64_t>(count) * columns, 0.0);
+    for (const auto& each : drafts) {
+        if (!each->is_greedy()) {
+            row = std::copy_n(each->logits(), each->drafted() * width, row);
+        }
+        each->report(in_head, seconds_since(begun) - in_head, report);
+        report += columns;
+    }
+    return {logits, reported};
 }
 
 // How many tokens of a draft of copies are worth their time, where the drafter gives itself these confidences [n] f64,
@@ -170,17 +299,15 @@ std::tuple<int64_t, double, double> judge_copies(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(speckv, m) {
-    m.def("draft_chain(int head, Tensor(a!) ids, int start, int end, int most, Tensor(b!) brought, Tensor(c!) state,"
-          " Tensor states, int first, Tensor(d!) keys, Tensor(e!) values, int cached, Tensor temperature,"
-          " Tensor uniform, Tensor? top_k, Tensor? top_p, Tensor? min_p, float least_confidence, float most_entropy,"
-          " float least_survival, Tensor(f!)[] controller, float draft_ms, float rate, float scale, float stands,"
-          " int most_counted, int look_ahead, int others) -> (Tensor logits, Tensor report)");
+    m.def("draft_chains(int head, Tensor(a!)[] ids, int[] whole, Tensor(b!)[] brought, Tensor(c!)[] state,"
+          " Tensor[] states, Tensor(d!)[] keys, Tensor(e!)[] values, Tensor[] temperature, Tensor[] uniform,"
+          " Tensor[] filters, Tensor(f!)[] controllers, float[] real) -> (Tensor logits, Tensor report)");
     m.def("judge_copies(Tensor confidences, Tensor(a!)[] controller, float draft_ms, float rate, float scale,"
           " int most_counted, int look_ahead, int others) -> (int count, float acceptance, float seconds)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(speckv, CPU, m) {
-    m.impl("draft_chain", TORCH_BOX(&draft_chain));
+    m.impl("draft_chains", TORCH_BOX(&draft_chains));
     m.impl("judge_copies", TORCH_BOX(&judge_copies));
 }
 

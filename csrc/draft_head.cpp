@@ -51,62 +51,107 @@ HeadPass::HeadPass(const DraftHead& head, Team& team) : head_(head), team_(team)
     buffers_ = &buffers;
 }
 
-void HeadPass::begin(const HeadInputs& inputs, const int64_t* ids, bool goes_on, float* logits) {
-    const int64_t hidden = head_.hidden();
-    if (inputs.observed > 0) {
-        observe(inputs.states, inputs.observed, inputs.brought + inputs.first * hidden);
-    }
+void HeadPass::begin(const std::vector<HeadRead>& reads, bool goes_on) {
+    observe(reads);
     if (goes_on) {
-        go_on(inputs, inputs.start);
+        go_on(reads);
     }
-    read(ids, inputs.brought + (inputs.start - 1) * hidden, inputs.start == 0,
-         {inputs.cache, inputs.cached, inputs.count}, inputs.state, logits);
+    read(reads);
 }
 
-// Takes its own state of the position before `position` for what that one brings.
-void HeadPass::go_on(const HeadInputs& inputs, int64_t position) {
-    product(*head_.from_last, inputs.state, 1, inputs.brought + (position - 1) * head_.hidden());
+void HeadPass::next(const std::vector<HeadRead>& reads) {
+    go_on(reads);
+    read(reads);
 }
 
-void HeadPass::next(const HeadInputs& inputs, int64_t id, int64_t position, int64_t cached, float* logits) {
-    go_on(inputs, position);
-    read(&id, inputs.brought + (position - 1) * head_.hidden(), false, {inputs.cache, cached, 1}, inputs.state, logits);
-}
-
-// What positions bring whose states [count, fed] the target has made: brought [count, hidden].
-void HeadPass::observe(const float* states, int64_t count, float* brought) {
-    const int64_t fed = head_.fed();
+// What positions bring whose states the target has made.
+void HeadPass::observe(const std::vector<HeadRead>& reads) {
+    const int64_t fed = head_.fed(), hidden = head_.hidden();
+    int64_t count = 0;
+    for (const HeadRead& read : reads) {
+        count += read.inputs->observed;
+    }
+    if (count == 0) {
+        return;
+    }
     buffers_->features.resize(count * fed);
-    float* const features = buffers_->features.data();
-    for (int64_t row = 0; row < count; ++row) {
-        for (int64_t i = 0; i < fed; ++i) {
-            const float feature = (states[row * fed + i] - head_.center[i]) * head_.scale[i];
-            features[row * fed + i] = std::min(std::max(feature, -head_.farthest), head_.farthest);
+    buffers_->rows.resize(count * hidden);
+    float* feature = buffers_->features.data();
+    for (const HeadRead& read : reads) {
+        const float* const states = read.inputs->states;
+        for (int64_t i = 0; i < read.inputs->observed * fed; ++i) {
+            const float value = (states[i] - head_.center[i % fed]) * head_.scale[i % fed];
+            *feature++ = std::min(std::max(value, -head_.farthest), head_.farthest);
         }
     }
-    product(*head_.fuse, features, count, brought);
+    product(*head_.fuse, buffers_->features.data(), count, buffers_->rows.data());
+    const float* brought = buffers_->rows.data();
+    for (const HeadRead& read : reads) {
+        const int64_t size = read.inputs->observed * hidden;
+        std::copy(brought, brought + size, read.inputs->brought + read.inputs->first * hidden);
+        brought += size;
+    }
 }
 
-// Reads ids [count], each of which comes after a position that brought `before` [count, hidden] (nothing is before the
-// first where starts_text), and makes logits of the last hidden state, which is left in `state`.
-void HeadPass::read(
-    const int64_t* ids, const float* before, bool starts_text, const Span& span, float* state, float* logits) {
-    const int64_t hidden = head_.hidden(), count = span.count;
+// Takes its own state of the position before each read for what that position brings.
+void HeadPass::go_on(const std::vector<HeadRead>& reads) {
+    const int64_t hidden = head_.hidden(), count = static_cast<int64_t>(reads.size());
+    buffers_->states.resize(count * hidden);
+    buffers_->rows.resize(count * hidden);
+    for (int64_t i = 0; i < count; ++i) {
+        std::copy(reads[i].inputs->state, reads[i].inputs->state + hidden, buffers_->states.data() + i * hidden);
+    }
+    product(*head_.from_last, buffers_->states.data(), count, buffers_->rows.data());
+    for (int64_t i = 0; i < count; ++i) {
+        const float* const row = buffers_->rows.data() + i * hidden;
+        std::copy(row, row + hidden, reads[i].inputs->brought + (reads[i].start - 1) * hidden);
+    }
+}
+
+// Reads tokens, each of which comes after a position that brought something (nothing is before the first), and makes
+// logits of the last hidden state of each sequence, which becomes its state.
+void HeadPass::read(const std::vector<HeadRead>& reads) {
+    const int64_t hidden = head_.hidden(), width = head_.output->rows, sequences = static_cast<int64_t>(reads.size());
+    buffers_->ids.clear();
+    buffers_->spans.clear();
+    for (const HeadRead& read : reads) {
+        buffers_->ids.insert(buffers_->ids.end(), read.ids, read.ids + read.count);
+        buffers_->spans.push_back({read.inputs->cache, read.cached, read.count});
+    }
+    const auto count = static_cast<int64_t>(buffers_->ids.size());
     buffers_->embedded.resize(count * hidden);
     buffers_->joined.resize(count * hidden);
-    embed(head_.embedding, ids, count, buffers_->embedded.data());
+    embed(head_.embedding, buffers_->ids.data(), count, buffers_->embedded.data());
     float* const joined = buffers_->joined.data();
     product(*head_.from_embedding, buffers_->embedded.data(), count, joined);
-    for (int64_t token = 0; token < count; ++token) {
-        for (int64_t i = 0; !(starts_text && token == 0) && i < hidden; ++i) {
-            joined[token * hidden + i] += before[token * hidden + i];
+    float* row = joined;
+    for (const HeadRead& read : reads) {
+        for (int64_t position = read.start; position < read.start + read.count; ++position, row += hidden) {
+            const float* const before = read.inputs->brought + (position - 1) * hidden;
+            for (int64_t i = 0; position > 0 && i < hidden; ++i) {
+                row[i] += before[i];
+            }
         }
     }
-    read_tokens(*head_.decoder, team_, {span}, joined, {}, nullptr, 0);
-    normalize(joined + (count - 1) * hidden, head_.decoder->final_norm.data(), hidden, head_.decoder->epsilon, state);
-    product(*head_.output, state, 1, logits);
-    for (int64_t i = 0; head_.cap > 0 && i < head_.output->rows; ++i) {
-        logits[i] = std::tanh(logits[i] / head_.cap) * head_.cap;
+    read_tokens(*head_.decoder, team_, buffers_->spans, joined, {}, nullptr, 0);
+    buffers_->states.resize(sequences * hidden);
+    buffers_->rows.resize(sequences * width);
+    int64_t end = 0;
+    for (int64_t i = 0; i < sequences; ++i) {
+        end += reads[i].count;
+        float* const state = buffers_->states.data() + i * hidden;
+        normalize(joined + (end - 1) * hidden, head_.decoder->final_norm.data(), hidden, head_.decoder->epsilon, state);
+        std::copy(state, state + hidden, reads[i].inputs->state);
+    }
+    const bool is_alone = sequences == 1;
+    product(*head_.output, buffers_->states.data(), sequences, is_alone ? reads[0].logits : buffers_->rows.data());
+    for (int64_t i = 0; i < sequences; ++i) {
+        if (!is_alone) {
+            std::copy(&buffers_->rows[i * width], &buffers_->rows[i * width] + width, reads[i].logits);
+        }
+        for (int64_t j = 0; head_.cap > 0 && j < width; ++j) {
+            reads[i].logits[j] = std::tanh(reads[i].logits[j] / head_.cap) * head_.cap;
+        }
     }
 }
 
@@ -181,7 +226,8 @@ Tensor read_head(
     check_embedding(op, head->embedding, head->hidden(), tokens, inputs.count);
     Tensor logits = empty_float32<2>({1, head->output->rows});
     with_team(head->work(), [&](Team& team) {
-        HeadPass(*head, team).begin(inputs, tokens, goes_on, mutable_data<float>(logits));
+        HeadPass(*head, team).begin(
+            {{&inputs, tokens, start, inputs.count, length, mutable_data<float>(logits)}}, goes_on);
     });
     return logits;
 }

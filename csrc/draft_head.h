@@ -47,27 +47,39 @@ HeadInputs check_head_inputs(
     const Tensor& state, const Tensor& states, int64_t first, const Tensor& keys, const Tensor& values,
     int64_t cached);
 
-// A head at work on the next tokens of one sequence.
+// What a head reads next of a sequence.
+struct HeadRead {
+    const HeadInputs* inputs;
+    const int64_t* ids;       // [count], the tokens at the positions from `start` on
+    int64_t start, count;
+    int64_t cached;           // tokens in the cache before
+    float* logits;            // [S], receives those of the token after them
+};
+
+// A head at work on the next tokens of one sequence, or of several in one walk through its weights. What a sequence gets
+// does not depend on the others.
 class HeadPass {
 public:
     HeadPass(const DraftHead& head, Team& team);
 
-    // Takes in the target's states and reads ids [count]; logits [S] receives those of the token after them. goes_on says
-    // that the position before them is one that only the head has read, in the call before.
-    void begin(const HeadInputs& inputs, const int64_t* ids, bool goes_on, float* logits);
+    // Takes in the target's states of each and reads what is to be read of them. goes_on says that the position before
+    // is one that only the head has read, in the call before.
+    void begin(const std::vector<HeadRead>& reads, bool goes_on);
 
-    // Reads the token at the position behind the last, with `cached` tokens in the cache.
-    void next(const HeadInputs& inputs, int64_t id, int64_t position, int64_t cached, float* logits);
+    // Reads the tokens behind those that were read last.
+    void next(const std::vector<HeadRead>& reads);
 
 private:
     struct Buffers {
-        Buffer<float> features, embedded, joined;
+        Buffer<float> features, embedded, joined, states, rows;
+        std::vector<int64_t> ids;
+        std::vector<Span> spans;
         Inputs inputs;
     };
 
-    void observe(const float* states, int64_t count, float* brought);
-    void go_on(const HeadInputs& inputs, int64_t position);
-    void read(const int64_t* ids, const float* before, bool starts_text, const Span& span, float* state, float* logits);
+    void observe(const std::vector<HeadRead>& reads);
+    void go_on(const std::vector<HeadRead>& reads);
+    void read(const std::vector<HeadRead>& reads);
     void product(const Matrix& matrix, const float* values, int64_t count, float* out);
 
     const DraftHead& head_;

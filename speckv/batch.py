@@ -1,5 +1,6 @@
 """Several texts at a time: each as it would be alone, with several to a pass of the target."""
 
+import re
 import time
 from collections.abc import Iterable, Mapping
 
@@ -9,6 +10,7 @@ from speckv.cost import ALONE, Others
 from speckv.decode import is_out_of_memory, open_run
 from speckv.errors import InputError, NumericalError
 from speckv.fast import FastModel
+from speckv.head_engine import draft_chains
 from speckv.policies import parse_policy
 from speckv.records import SpecOutput
 
@@ -46,8 +48,10 @@ def generate_batch(target, drafter, requests, policy="adaptive", fast=False, on_
     for run in runs:
         run.prefill()
     active = {index: run for index, run in enumerate(runs) if not run.finished}
+    rows = dict.fromkeys(active, 1)  # of each text in the last pass
     while active:
-        for index, (tokens, record) in _step(active).items():
+        made, rows = _step(active, rows)
+        for index, (tokens, record) in made.items():
             if on_step is not None:
                 on_step(index, tokens, record)
         active = {index: run for index, run in active.items() if not run.finished}
@@ -55,16 +59,11 @@ def generate_batch(target, drafter, requests, policy="adaptive", fast=False, on_
 
 
 @torch.inference_mode()
-def _step(runs):
-    """A step of each run, by its index: all drafts, one pass of the target, all verdicts."""
+def _step(runs, last_rows):
+    """A step of each run, by its index: all drafts, one pass of the target, all verdicts; and how many rows of the pass
+    each took, where in the last pass it took so many."""
     shares = len(runs) > 1 and _share_a_pass(runs)
-    most = max(run.left for run in runs.values())
-    positions, drafts = dict.fromkeys(runs, 1), {}  # those of each text in the pass, as far as they are known
-    for index, run in runs.items():
-        run.policy.is_ahead = shares and run.left < most
-        run.policy.others = Others(len(runs) - 1, sum(positions.values()) - 1) if shares else ALONE
-        drafts[index] = _named(index, run.draft)
-        positions[index] += drafts[index].tokens.shape[1]
+    drafts = _drafts(runs, last_rows, shares)
     started = time.perf_counter()
     read, has_shared = _read(runs, drafts)
     read_ms = (time.perf_counter() - started) * 1e3
@@ -73,7 +72,45 @@ def _step(runs):
     of_a_row = read_ms / of_all
     for index, run in runs.items():
         run.policy.others = Others(len(runs) - 1, of_all - rows[index]) if has_shared else ALONE
-    return {index: _named(index, run.commit, *read[index], rows[index] * of_a_row) for index, run in runs.items()}
+    made = {index: _named(index, run.commit, *read[index], rows[index] * of_a_row) for index, run in runs.items()}
+    return made, rows
+
+
+def _drafts(runs, last_rows, shares):
+    """The draft of each run, made together as far as the drafter can. The others of a text are expected to take as many
+    rows of the pass as they took last time."""
+    most = max(run.left for run in runs.values())
+    expected = sum(last_rows[index] for index in runs)
+    begun = {}
+    for index, run in runs.items():
+        run.policy.is_ahead = shares and run.left < most
+        run.policy.others = Others(len(runs) - 1, expected - last_rows[index]) if shares else ALONE
+        begun[index] = _named(index, run.begin_draft)
+    wanted = {index: draft.wanted for index, draft in begun.items() if draft.wanted is not None}
+    started = time.perf_counter()
+    chains = _chains(runs, wanted)
+    ms = (time.perf_counter() - started) * 1e3
+    # A text's share of that time is that of its tokens.
+    of_a_token = ms / max(1, sum(len(chain.signals) for chain in chains.values()))
+    drafts = {}
+    for index, run in runs.items():
+        chain = chains.get(index)
+        share = 0.0 if chain is None else len(chain.signals) * of_a_token
+        drafts[index] = _named(index, run.end_draft, begun[index], chain, share)
+    return drafts
+
+
+def _chains(runs, wanted):
+    """The chains that are wanted, by index."""
+    if not wanted:
+        return {}
+    try:
+        return dict(zip(wanted, draft_chains([*wanted.values()]), strict=True))
+    except RuntimeError as error:
+        if row := re.match(r"draft_chains: row (\d+)", str(error)):
+            index = [*wanted][int(row[1])]
+            raise NumericalError(f"request {index}: {runs[index].named(error)}") from error
+        raise
 
 
 def _read(runs, drafts):

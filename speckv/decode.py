@@ -12,6 +12,7 @@ from speckv.cache import check_rollback, vocabulary_size
 from speckv.drafters import OfSome, as_drafter, open_drafter
 from speckv.errors import NumericalError
 from speckv.fast import open_target
+from speckv.head_engine import WantedChain
 from speckv.kernels import verify_chain
 from speckv.policies import parse_policy
 from speckv.policy import open_policy
@@ -19,6 +20,7 @@ from speckv.processors import ends_text, process_draft, process_rows
 from speckv.randomness import random_numbers, verify_coupled
 from speckv.records import SpecOutput, StepRecord
 from speckv.signals import read_signals
+from speckv.stopping import StopRule
 
 NO_DISTRIBUTION = "verify_chain: row 0: the logits are not a distribution (NaN, +inf, or all -inf)"
 
@@ -83,6 +85,19 @@ class Draft(NamedTuple):
     promise: float | None
     uniform: torch.Tensor  # [1, n + 1] f32, what verification draws with
     ms: float
+
+
+class BegunDraft(NamedTuple):
+    """A draft before its first token: at most gamma tokens, the numbers to draw and verify them with, the rule by which
+    it ends where it is made in one call, and what the drafter wants for that where it drafts together with others."""
+
+    started: float
+    gamma: int
+    to_draft: torch.Tensor
+    to_verify: torch.Tensor
+    rule: StopRule | None
+    wanted: WantedChain | None = None
+    ms: float = 0.0
 
 
 class Run:
@@ -192,9 +207,29 @@ class Run:
     def draft(self) -> Draft:
         """Propose tokens."""
         try:
-            return self._drafted()
+            return self._drafted(self._begun())
         except RuntimeError as error:
-            raise self._named(error) from error
+            raise self.named(error) from error
+
+    def begin_draft(self) -> BegunDraft:
+        """As `draft`, up to where other runs may draft together with this one; then comes end_draft."""
+        begun = self._begun()
+        if begun.rule is not None and hasattr(self._draft, "open_chain"):
+            wanted = self._draft.open_chain(*self._chain_arguments(begun))
+            begun = begun._replace(wanted=wanted, ms=(time.perf_counter() - begun.started) * 1e3)
+        return begun
+
+    def end_draft(self, begun, chain=None, ms=0.0) -> Draft:
+        """The draft that was begun: of the chain that it wanted, which took so many milliseconds, or made alone."""
+        if chain is None:
+            try:
+                return self._drafted(begun._replace(started=time.perf_counter()))
+            except RuntimeError as error:
+                raise self.named(error) from error
+        started = time.perf_counter()
+        self._draft.close_chain(begun.wanted, chain)
+        made = self._of_chain(chain)
+        return self._made(begun, *made, begun.ms + ms + (time.perf_counter() - started) * 1e3)
 
     def commit(self, draft, read, hidden, read_ms):
         """Verify a draft by what `read` returned of the target's in so many milliseconds; returns the new token ids and
@@ -204,7 +239,7 @@ class Run:
         try:
             emitted = self._agreed(draft, read) if isinstance(read, list) else self._verified(draft, read)
         except RuntimeError as error:
-            raise self._named(error) from error
+            raise self.named(error) from error
         emitted, accepted = self._keep(emitted)
         verify_ms = read_ms + (time.perf_counter() - started) * 1e3
         record = StepRecord(draft.tokens.shape[1], accepted, len(emitted), draft.ms, verify_ms, draft.signals,
@@ -223,17 +258,26 @@ class Run:
         return SpecOutput(sequences, self._given.shape[1], finished - self._started, self._prefilled - self._started,
                           self._steps)
 
-    def _drafted(self):
+    def _begun(self):
         started = time.perf_counter()
         # The target adds a token of its own, so one less than what is missing is worth drafting.
         gamma = min(checked_gamma(self.policy, self._draft), self._longest_draft, self.end - self.length - 1)
         to_draft, to_verify = self._numbers.of_step(self.length - self._prompt_length, gamma)
         if self._host_ids is None:
             to_draft, to_verify = (numbers.to(self.ids.device, non_blocking=True) for numbers in (to_draft, to_verify))
-        tokens, logits, signals = self._chained(gamma, to_draft) or self._draft_tokens(gamma, to_draft)
+        return BegunDraft(started, gamma, to_draft, to_verify, self._chain_rule(gamma))
+
+    def _drafted(self, begun):
+        if begun.rule is None:
+            made = self._draft_tokens(begun.gamma, begun.to_draft)
+        else:
+            made = self._of_chain(self._draft.draft_chain(*self._chain_arguments(begun)))
+        return self._made(begun, *made, (time.perf_counter() - begun.started) * 1e3)
+
+    def _made(self, begun, tokens, logits, signals, ms):
         gamma = tokens.shape[1]
         promise = self.policy.promise(gamma) if gamma else None
-        return Draft(tokens, logits, signals, promise, to_verify[:, :gamma + 1], (time.perf_counter() - started) * 1e3)
+        return Draft(tokens, logits, signals, promise, begun.to_verify[:, :gamma + 1], ms)
 
     def _agreed(self, draft, best):
         """As _verified, of a greedy text from the target's most probable tokens: verify_chain would find them first."""
@@ -259,13 +303,16 @@ class Run:
             raise NumericalError(NO_DISTRIBUTION)
         return emitted
 
-    def _chained(self, gamma, uniform):
-        """As _draft_tokens, all in one call; None where the drafter or the policy goes token by token."""
+    def _chain_rule(self, gamma):
+        """By which a draft ends that is made in one call; None where the drafter or the policy goes token by token."""
         kind = self._draft.chains(self.ids[:, :self.length]) if gamma > 0 and self._may_chain else None
-        rule = None if kind is None else self.policy.stop_rule(gamma, kind)
-        if rule is None:
-            return None
-        chain = self._draft.draft_chain(self.ids, self.length, uniform, self._temperature, self._filters, rule)
+        return None if kind is None else self.policy.stop_rule(gamma, kind)
+
+    def _chain_arguments(self, begun):
+        return self.ids, self.length, begun.to_draft, self._temperature, self._filters, begun.rule
+
+    def _of_chain(self, chain):
+        """As _draft_tokens, of a draft that was made in one call."""
         if not chain.signals:
             return self.ids[:, :0], None, ()
         self.policy.drafted(chain)
@@ -352,9 +399,9 @@ class Run:
                 return count
         return None
 
-    def _named(self, error):
+    def named(self, error):
         """An op's complaint about logits with the step it came in; anything else as it is."""
-        ops = r"(draft_sample|draft_step|draft_chain|verify_chain): row \d+"
+        ops = r"(draft_sample|draft_step|draft_chains|verify_chain): row \d+"
         if isinstance(error, NumericalError) or re.match(ops, str(error)):
             return NumericalError(f"step {len(self._steps)}: {error}")
         return error

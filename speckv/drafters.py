@@ -54,6 +54,10 @@ class DraftSession(Protocol):
     draft_chain(ids, end, uniform, temperature, filters, rule) drafts behind the first `end` tokens of ids [1, room] i64
     as the rule says, writes the tokens into ids, and returns a speckv.stopping.Chain; uniform
     [1, rule.longest or more] f32 are the numbers to draw with, temperature and filters those of PolicySession.draft.
+
+    Two more are for one that can make the drafts of several sequences together. open_chain, given what draft_chain is
+    given, returns a speckv.head_engine.WantedChain, or None where it drafts alone; close_chain(wanted, chain) is told
+    what became of it.
     """
 
     def next_logits(self, ids):

@@ -17,7 +17,7 @@ from speckv import drafter_folder, engine, pruned
 from speckv.cache import cached, check_rollback, context_limit, rope_switch, vocabulary_size
 from speckv.drafters import OfSome
 from speckv.errors import ModelError
-from speckv.head_engine import HeadEngine
+from speckv.head_engine import HeadEngine, draft_chains
 from speckv.int8 import Int8Linear, linear, replace_linears
 
 KIND = "head"
@@ -187,15 +187,26 @@ class _HeadSession:
 
     def chains(self, ids):
         """See speckv.drafters.DraftSession: where the engine reads the head."""
-        return False if hasattr(self._reader, "draft_chain") else None
+        return False if hasattr(self._reader, "open_chain") else None
 
     def draft_chain(self, ids, end, *how):
         """See speckv.drafters.DraftSession."""
+        wanted = self.open_chain(ids, end, *how)
+        drafted, = draft_chains([wanted])
+        self.close_chain(wanted, drafted)
+        return drafted
+
+    def open_chain(self, ids, end, *how):
+        """See speckv.drafters.DraftSession."""
         longest = how[-1].longest
         start = self._begin(end, end + longest - 1)
-        chain = self._reader.draft_chain(ids, start, end, self._brought, *self._take_in(), *how)
-        self._read(end, end + len(chain.signals) - 1)
-        return chain
+        return self._reader.open_chain(ids, start, end, self._brought, *self._take_in(), *how)
+
+    def close_chain(self, wanted, drafted):
+        """See speckv.drafters.DraftSession."""
+        self._reader.close_chain(wanted, drafted)
+        end = wanted.whole[1]
+        self._read(end, end + len(drafted.signals) - 1)
 
     def _begin(self, end, last):
         """From which position on a text of `end` tokens is to be read, when no more than `last` will be."""

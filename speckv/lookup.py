@@ -283,6 +283,15 @@ class _LookupFirstSession:
         self._drafted += len(chain.signals)
         return chain
 
+    def open_chain(self, *arguments):
+        """See speckv.drafters.DraftSession."""
+        return self._source.open_chain(*arguments) if hasattr(self._source, "open_chain") else None
+
+    def close_chain(self, wanted, chain):
+        """See speckv.drafters.DraftSession."""
+        self._source.close_chain(wanted, chain)
+        self._drafted += len(chain.signals)
+
     def _choose(self, ids):
         """The step's source, where it has none."""
         if self._source is not None:

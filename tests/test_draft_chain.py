@@ -10,10 +10,11 @@ from test_head import features_of, int8_head
 from tiny_models import VOCABULARY, prompt_ids, tiny_model
 
 import speckv
-from speckv import decode
+from speckv import batch, decode
 from speckv.adaptive import Adaptive
 from speckv.cost import StepCosts
 from speckv.errors import NumericalError
+from speckv.head_engine import WantedChain, draft_chains
 from speckv.kernels import serving
 from speckv.lookup import LookupDrafter, LookupFirst
 from speckv.policy import PolicySession
@@ -42,13 +43,13 @@ def decoded(monkeypatch, chains, decode_text):
     """What decode_text() returns, and how many drafts were made in one call."""
     calls = []
     with monkeypatch.context() as patched:
-        chained = decode.Run._chained
+        rule_of = decode.Run._chain_rule
 
-        def counted(self, *arguments):
-            made = chained(self, *arguments) if chains else None
-            calls.append(made is not None)
-            return made
-        patched.setattr(decode.Run, "_chained", counted)
+        def counted(self, gamma):
+            rule = rule_of(self, gamma) if chains else None
+            calls.append(rule is not None)
+            return rule
+        patched.setattr(decode.Run, "_chain_rule", counted)
         patched.setattr(decode.time, "perf_counter", Clock())
         torch.manual_seed(0)
         return decode_text(), sum(calls)
@@ -99,18 +100,57 @@ def test_a_chain_that_learned_costs_is_the_same(drafter, monkeypatch):
     assert made[0] == made[1]
 
 
-def test_a_chain_beside_other_texts_is_the_same(drafter, monkeypatch):
-    requests = [{"input_ids": prompt_ids(n, seed=n).repeat(1, 2), "max_new_tokens": 20 + n} for n in (4, 9, 15)]
-    made = []
+REQUESTS = [{"input_ids": prompt_ids(n, seed=n).repeat(1, 2), "max_new_tokens": 20 + n} | sampling
+            for n, sampling in zip((4, 9, 15), ({}, SAMPLING["filtered"], SAMPLING["with a seed"]), strict=True)]
 
-    def batch():
-        return speckv.generate_batch(tiny_model(), LookupFirst(drafter), requests, policy=Adaptive(), fast=True,
-                                     eos_token_id=[])
+
+def cloned(part):
+    """A WantedChain of copies: a draft writes into what it is given."""
+    if isinstance(part, torch.Tensor):
+        return part.clone()
+    return type(part)(map(cloned, part)) if type(part) in (tuple, list) else part
+
+
+@pytest.mark.parametrize("policy", ["fixed:3", "svip", "adaptive"])
+def test_drafts_made_together_are_those_made_alone(drafter, policy, monkeypatch):
+    widths = []
+
+    def compared(wanted):
+        copies = [WantedChain(*map(cloned, each)) for each in wanted]
+        together = draft_chains(wanted)
+        for each, copy, chain in zip(wanted, copies, together, strict=True):
+            alone, = draft_chains([copy])
+            assert (chain.signals, repr(chain.acceptance)) == (alone.signals, repr(alone.acceptance))
+            assert torch.equal(chain.logits, alone.logits)
+            assert all(map(torch.equal, (each.ids, each.state, each.brought, each.keys, each.values),
+                           (copy.ids, copy.state, copy.brought, copy.keys, copy.values)))
+            assert all(map(torch.equal, each.controller, copy.controller))
+        widths.append(len(wanted))
+        return together
+    monkeypatch.setattr(batch, "draft_chains", compared)
+    monkeypatch.setattr(decode.time, "perf_counter", Clock())
+    requests = [request | {"max_new_tokens": 40} for request in REQUESTS]  # adaptive drafts for those that are behind
+    speckv.generate_batch(tiny_model(), LookupFirst(drafter), requests, policy=policy, fast=True, eos_token_id=[])
+    assert sum(width > 1 for width in widths) > 3, widths
+
+
+@pytest.mark.parametrize("policy", ["fixed:3", "svip"])
+def test_a_chain_beside_other_texts_is_the_draft_token_by_token(drafter, policy, monkeypatch):
+    made = []
     for chains in (True, False):
-        outputs, calls = decoded(monkeypatch, chains, batch)
+        outputs, calls = decoded(monkeypatch, chains, lambda: speckv.generate_batch(
+            tiny_model(), LookupFirst(drafter), REQUESTS, policy=policy, fast=True, eos_token_id=[]))
         assert (calls > 10) == chains
-        made.append([step for output in outputs for step in output.steps])
-    assert made[0] == made[1] and sum(step.gamma for step in made[0]) > 20
+        made.append([(step.gamma, step.accepted, step.tokens, step.signals, step.predicted)
+                     for output in outputs for step in output.steps])
+    assert made[0] == made[1]
+
+
+def test_logits_that_are_none_are_named_with_the_request(drafter):
+    broken = int8_head(tiny_model())
+    broken.rows.scale.fill_(math.nan)
+    with pytest.raises(NumericalError, match=r"request 0: step \d+: draft_chains: row 0"):
+        speckv.generate_batch(tiny_model(), broken, REQUESTS, policy="fixed:3", fast=True, eos_token_id=[])
 
 
 def test_a_policy_without_a_rule_is_asked_token_by_token(drafter, monkeypatch):
@@ -135,7 +175,7 @@ def test_processors_are_asked_token_by_token(drafter, monkeypatch):
 def test_bad_logits_are_named_with_their_step(monkeypatch):
     broken = int8_head(tiny_model())
     broken.rows.scale.fill_(float("inf"))
-    with pytest.raises(NumericalError, match="step 0: draft_chain: row 0: a logit is "):
+    with pytest.raises(NumericalError, match="step 0: draft_chains: row 0: a logit is "):
         speckv.generate(tiny_model(), broken, prompt_ids(), policy="fixed:3", max_new_tokens=20)
 
 
