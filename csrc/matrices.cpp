@@ -41,10 +41,11 @@ Format format_of(const char* op, const char* name, const Tensor& weight, const T
 }
 
 constexpr int64_t kFewInputs = 2;
+constexpr int64_t kDigits = 3;
 
 bool goes_in_tiles(Format format) {
     return units() == Units::kAmx &&
-           (format == Format::kBFloat16 || format == Format::kInt8Inputs || format == Format::kFourBit);
+           format != Format::kFloat32;
 }
 
 // What a first factor of tiles reads of so many rows; those beyond them count for nothing.
@@ -117,7 +118,7 @@ void Inputs::set(const float* values, int64_t count, int64_t columns) {
     values_ = values;
     count_ = count;
     columns_ = columns;
-    has_halves_ = has_chunks_ = has_tiled_halves_ = false;
+    has_halves_ = has_chunks_ = has_tiled_halves_ = has_digits_ = false;
     bytes_threshold_ = -1;
 }
 
@@ -129,6 +130,10 @@ void Inputs::arrange_for(const Matrix& matrix) {
         halves_.resize(rows_of_tiles(count_) * columns_);
         store_bfloat16(values_, count_ * columns_, halves_.data());
         has_halves_ = true;
+    } else if (format == Format::kInt8 && goes_in_tiles(format)) {
+        if (!has_digits_) {
+            split_into_digits();
+        }
     } else if (format == Format::kInt8 && !has_chunks_) {
         chunks_.assign(count_ * chunk_stride(), Chunk{});
         for (int64_t i = 0; i < count_; ++i) {
@@ -207,7 +212,54 @@ void Inputs::round_to_bytes(float threshold) {
     bytes_threshold_ = threshold;
 }
 
+// What three signed digits of a byte each make of the largest value of a row, and one more of which still fits.
+constexpr float kLargestDigits = 127 << 16;
+
+void Inputs::split_into_digits() {
+    digits_.resize(kDigits * count_ * columns_);
+    digit_scales_.resize(count_);
+    for (int64_t i = 0; i < count_; ++i) {
+        int8_t* const digits = digits_.data() + kDigits * i * columns_;
+        const float largest = largest_magnitude(row(i), columns_);
+        if (!std::isfinite(largest) || has_nan(row(i), columns_)) {
+            std::fill_n(digits, kDigits * columns_, int8_t{0});
+            digit_scales_[i] = std::numeric_limits<float>::quiet_NaN();
+            continue;
+        }
+        const float factor = largest > 0 ? std::min(kLargestDigits / largest, std::numeric_limits<float>::max()) : 0.0f;
+        in_widest_units([values = row(i), columns = columns_, factor, digits]() SPECKV_INLINED {
+#pragma omp simd
+            for (int64_t column = 0; column < columns; ++column) {
+                const auto whole = static_cast<int32_t>(std::rint(values[column] * factor));
+                const int32_t low = static_cast<int8_t>(whole), rest = (whole - low) >> 8;
+                const int32_t middle = static_cast<int8_t>(rest);
+                digits[column] = static_cast<int8_t>((rest - middle) >> 8);
+                digits[columns + column] = static_cast<int8_t>(middle);
+                digits[2 * columns + column] = static_cast<int8_t>(low);
+            }
+        });
+        digit_scales_[i] = largest / kLargestDigits;
+    }
+    tiled_digits_.arrange(digits_.data(), columns_, kDigits * count_);
+    has_digits_ = true;
+}
+
 namespace {
+
+// From exact sums of three digits to outputs.
+void finish_digits(
+    const Matrix& matrix, int64_t begin, int64_t end, float input_scale, const int32_t* sums, float* out) {
+    const int64_t rows = end - begin;
+    const auto* const scale = static_cast<const float*>(matrix.scale) + begin;
+    in_widest_units([=]() SPECKV_INLINED {
+#pragma omp simd
+        for (int64_t row = 0; row < rows; ++row) {
+            const auto high = static_cast<float>(sums[row]), middle = static_cast<float>(sums[kBlockRows + row]),
+                       low = static_cast<float>(sums[2 * kBlockRows + row]);
+            out[row] = (high * 65536.0f + (middle * 256.0f + low)) * (input_scale * scale[row]);
+        }
+    });
+}
 
 // From exact sums to outputs, and the outliers.
 void finish_bytes(
@@ -308,6 +360,16 @@ void multiply_in_tiles(
             inputs.tiled_bytes(), inputs.count(), sums.data(), kBlockRows);
         for (int64_t input = 0; input < inputs.count(); ++input) {
             finish_bytes(matrix, begin, end, inputs, input, sums.data() + input * kBlockRows, out + input * stride);
+        }
+    } else if (matrix.format == Format::kInt8) {
+        static thread_local Buffer<int32_t> sums;
+        sums.resize(kDigits * inputs.count() * kBlockRows);
+        multiply_signed_bytes_in_tiles(
+            static_cast<const int8_t*>(matrix.values) + begin * matrix.columns, end - begin, matrix.columns,
+            inputs.tiled_digits(), kDigits * inputs.count(), sums.data(), kBlockRows);
+        for (int64_t input = 0; input < inputs.count(); ++input) {
+            finish_digits(matrix, begin, end, inputs.digit_scale(input), sums.data() + kDigits * input * kBlockRows,
+                          out + input * stride);
         }
     } else {
         multiply_four_bit_in_tiles(

@@ -21,7 +21,8 @@ namespace speckv {
 enum class Format {
     kFloat32,   // [rows, columns]
     kBFloat16,  // [rows, columns]; inputs are rounded to bf16 too
-    kInt8,      // [rows, columns], one fp32 scale a row
+    // [rows, columns], one fp32 scale a row. In tiles of bytes inputs are rounded to 24 bits by the largest of their row.
+    kInt8,
     // The same with inputs of 8 bits too, LLM.int8() of bitsandbytes (Dettmers et al., arXiv 2208.07339): each row of
     // inputs is rounded to int8 by its largest value, except for values of at least the threshold, which count as they
     // are. Sums are exact.
@@ -82,6 +83,9 @@ public:
     const uint8_t* byte_row(int64_t input) const { return bytes_.data() + input * columns_; }
     float byte_scale(int64_t input) const { return byte_scales_[input]; }
     const std::vector<Outlier>& outliers(int64_t input) const { return outliers_[input]; }
+    // Of kInt8 in tiles: three digits of each input, one row of bytes after the other, the highest first.
+    const TileInputs& tiled_digits() const { return tiled_digits_; }
+    float digit_scale(int64_t input) const { return digit_scales_[input]; }
     const Chunk* chunks() const { return chunks_.data(); }
     int64_t chunk_stride() const { return (columns_ + kChunk - 1) / kChunk; }
 
@@ -89,11 +93,15 @@ private:
     const float* values_ = nullptr;
     int64_t count_ = 0, columns_ = 0;
     void round_to_bytes(float threshold);
+    void split_into_digits();
 
-    bool has_halves_ = false, has_chunks_ = false, has_tiled_halves_ = false;
+    bool has_halves_ = false, has_chunks_ = false, has_tiled_halves_ = false,
+         has_digits_ = false;
     float bytes_threshold_ = -1;  // that bytes_ were made with
     Buffer<uint16_t> halves_;
-    TileInputs tiled_halves_, tiled_bytes_;
+    TileInputs tiled_halves_, tiled_bytes_, tiled_digits_;
+    Buffer<int8_t> digits_;
+    std::vector<float> digit_scales_;
     std::vector<Chunk> chunks_;
     Buffer<uint8_t> bytes_;  // 128 more than the rounded values
     std::vector<float> byte_scales_;

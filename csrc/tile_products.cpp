@@ -45,11 +45,16 @@ void TileInputs::arrange(const void* rows, int64_t row_bytes, int64_t count) {
 #if SPECKV_HAS_TILES
 namespace {
 
-// What bf16 and bytes differ in.
+// What they differ in.
 struct Pairs {
     using Sum = float;
     template <int sum, int first, int second>
     SPECKV_TILES static void add() { add_pairs<sum, first, second>(); }
+};
+struct SignedBytes {
+    using Sum = int32_t;
+    template <int sum, int first, int second>
+    SPECKV_TILES static void add() { add_signed_bytes<sum, first, second>(); }
 };
 struct Bytes {
     using Sum = int32_t;
@@ -284,6 +289,12 @@ void multiply_bytes_in_tiles(
     const int8_t* weights, int64_t rows, int64_t columns, const TileInputs& inputs, int64_t count, int32_t* out,
     int64_t stride) {
     block_by_groups<Bytes>(weights, rows, columns, inputs, count, out, stride);
+}
+
+void multiply_signed_bytes_in_tiles(
+    const int8_t* weights, int64_t rows, int64_t columns, const TileInputs& inputs, int64_t count, int32_t* out,
+    int64_t stride) {
+    block_by_groups<SignedBytes>(weights, rows, columns, inputs, count, out, stride);
 }
 
 void multiply_four_bit_in_tiles(

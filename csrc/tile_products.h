@@ -40,6 +40,10 @@ void multiply_bfloat16_in_tiles(
 void multiply_bytes_in_tiles(
     const int8_t* weights, int64_t rows, int64_t columns, const TileInputs& inputs, int64_t count, int32_t* out,
     int64_t stride);
+// The same of signed bytes.
+void multiply_signed_bytes_in_tiles(
+    const int8_t* weights, int64_t rows, int64_t columns, const TileInputs& inputs, int64_t count, int32_t* out,
+    int64_t stride);
 // As multiply_four_bit; of x as many rows are read as the groups of kTileWidth have, where there is more than one.
 void multiply_four_bit_in_tiles(
     const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table, int64_t columns,

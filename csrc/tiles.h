@@ -67,6 +67,12 @@ SPECKV_TILES inline void add_pairs() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(first), "i"(second));
 }
 
+// The same of four signed bytes.
+template <int sum, int first, int second>
+SPECKV_TILES inline void add_signed_bytes() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(first), "i"(second));
+}
+
 // The same of four bytes, signed ones and unsigned ones.
 template <int sum, int first, int second>
 SPECKV_TILES inline void add_bytes() {
