@@ -198,6 +198,17 @@ def test_int8_matrices_of_drafters(rows, columns):
     torch.testing.assert_close(HeldMatrix(module)(x), module(x), rtol=1e-4, atol=1e-4)
 
 
+@torch.inference_mode()
+def test_int8_rows_of_odd_values_are_theirs_alone():
+    torch.manual_seed(0)
+    module, x = Int8Linear(torch.randn(50, 70), None), torch.randn(6, 70)
+    x[0, 3], x[2, 5], x[3], x[4] = math.nan, math.inf, 0.0, 1e30 * x[4].sign()
+    out, expected = HeldMatrix(module)(x), module(x)
+    assert not out[[0, 2]].isfinite().any() and not out[3].any()
+    torch.testing.assert_close(out[[1, 5]], expected[[1, 5]], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out[4] / 1e30, module(x / 1e30)[4], rtol=1e-4, atol=1e-4)
+
+
 def quantized(module):
     """A linear map of bitsandbytes as it is once it is loaded on the CPU."""
     torch.manual_seed(0)
