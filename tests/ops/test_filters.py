@@ -273,8 +273,10 @@ def emitted(verify, setting):
     rejected = (accepted < 1).nonzero().flatten()
     nearly_one = 1 - 2**-GRID_BITS
     recovered = torch.zeros(len(every), 5, dtype=torch.float64)
+    # What comes in a token's place does not depend on which was rejected, which elsewhere is not taken for granted.
+    tried = rejected[:1] if INTERPRETED else rejected
     recovered[rejected] = measure_of_tokens(
-        lambda row, u: run(every[rejected[row]], torch.full_like(u, nearly_one), u)[0][:, 0], len(rejected), 5)
+        lambda row, u: run(every[tried[row]], torch.full_like(u, nearly_one), u)[0][:, 0], len(tried), 5)
     first = (q[every] * (1 - accepted)) @ recovered
     first[every] += q[every] * accepted
     kept = every[accepted > 0][:1]
