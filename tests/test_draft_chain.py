@@ -180,8 +180,8 @@ def test_bad_logits_are_named_with_their_step(monkeypatch):
 
 
 @torch.inference_mode()
-def drafted(head, ids, start, end, most, brought, state, states, first, keys, values, cached, temperature, uniform, top_k,
-            top_p, min_p, controller, **real):
+def drafted(head, ids, start, end, most, brought, state, states, first, keys, values, cached, temperature, uniform,
+            top_k, top_p, min_p, controller, **real):
     """The op for one sequence."""
     filters = [torch.empty(0) if filter is None else filter for filter in (top_k, top_p, min_p)]
     return torch.ops.speckv.draft_chains(

@@ -59,16 +59,16 @@ def test_matrices_come_out_as_in_the_widest_build(units):
         import torch
         from speckv.kernels import serving
         torch.manual_seed(0)
-        no, x = torch.empty(0), torch.randn(37, 576)
+        no, x, threshold = torch.empty(0), torch.randn(37, 576), torch.tensor([2.5])
         table = torch.linspace(-1, 1, 16)
         matrices = [
             (torch.randn(100, 576).bfloat16(), no, no, no),
             (torch.randint(0, 256, (96, 288), dtype=torch.uint8), torch.rand(9, 96).bfloat16(), no, table),
-            (torch.randint(-128, 128, (100, 576), dtype=torch.int8), torch.rand(100), no, torch.tensor([2.5])),
+            (torch.randint(-128, 128, (100, 576), dtype=torch.int8), torch.rand(100), no, threshold),
             (torch.randint(-128, 128, (100, 576), dtype=torch.int8), torch.rand(100), no, no),
             (torch.randn(37, 91).bfloat16(), no, torch.randn(37), no),
             (torch.randint(-128, 128, (37, 91), dtype=torch.int8), torch.rand(37), torch.randn(37), no),
-            (torch.randint(-128, 128, (37, 91), dtype=torch.int8), torch.rand(37), torch.randn(37), torch.tensor([2.5])),
+            (torch.randint(-128, 128, (37, 91), dtype=torch.int8), torch.rand(37), torch.randn(37), threshold),
         ]
         numbers = [torch.ops.speckv.open_matrix(*parts) for parts in matrices]
         for number, (weight, *_) in zip(numbers, matrices):
