@@ -82,10 +82,14 @@ class _AdaptiveSession(PolicySession):
         self._is_warm = False      # whether a model drafted in the last step, and has read all the text but its end
         self._is_estimate = False  # of the last draft
         self._chained = None       # of a draft made in one call: how many tokens, and the controller's acceptance
+        self._begun = None         # whose source's draft has begun that others of a batch are made together with
 
     def max_draft(self):
         self._state.begin()
         self._chained = None
+        if self._begun is not None:  # and came to nothing
+            self._begun.trials += 1
+            self._begun = None
         kinds = (False, True) if self.is_asked else (self._is_estimate,)
         if self.is_ahead or self._experience.wants_plain or not any(map(self.may_draft, kinds)):
             return 0
@@ -125,13 +129,18 @@ class _AdaptiveSession(PolicySession):
 
     def stop_rule(self, most, is_estimate):
         experience, source = self._experience, self._experience.sources[is_estimate]
+        if not is_estimate:  # the next text of a batch is asked before this one's draft is made
+            source.begin()
+            self._begun = source
         self._state.write(self._signals.numpy()[0], 0, NOTHING_TOLD if is_estimate else None)
         return StopRule(min(most, source.cap), worth=Worth(
             self._signals, self._weights, experience.costs.numbers, experience.costs.draft_ms(is_estimate, 1),
             experience.rate, source.scale, NEXT_STANDS, LONGEST_COUNTED, LOOK_AHEAD, self.others.positions))
 
     def drafted(self, chain):
-        self._experience.sources[chain.signals[0].is_estimate].begin()
+        if self._begun is None:
+            self._experience.sources[chain.signals[0].is_estimate].begin()
+        self._begun = None
         self._chained = len(chain.signals), chain.acceptance
 
     def _is_worth_it(self, survival, stands, more_ms):

@@ -18,6 +18,7 @@ from speckv.experience import FIRST_PAUSE, LEAST_CAP, MOST_SCALE, PLAIN_EVERY, T
 from speckv.kernels import draft_step
 from speckv.records import StepRecord
 from speckv.signals import Signal
+from speckv.stopping import Chain
 
 VOCABULARY = 50
 FIT_STEPS = 800
@@ -303,6 +304,19 @@ def test_a_text_that_ended_in_mid_draft_leaves_no_trial_open():
         session = policy.open(None)
         assert session.max_draft() > 0
         session.draft(world.logits, torch.ones(1), torch.zeros(1), 0, None)  # and an interrupt
+
+
+def test_of_drafts_that_are_made_together_one_is_on_trial():
+    policy = Adaptive(constant_controller(0.5))
+    World(policy).run(1)
+    sessions = [policy.open(None) for _ in range(4)]
+    for _ in range(2):  # the second time the trials come to nothing
+        assert [session.max_draft() > 0 and session.stop_rule(4, False) is not None for session in sessions] == (
+            TRIALS * [True] + (4 - TRIALS) * [False])
+    sessions[0].drafted(Chain(None, None, (Signal(1.0, 0.5),), 0.5, 0.0))
+    assert sessions[1].max_draft() == 0  # until it is judged
+    sessions[0].record(StepRecord(1, 1, 2, 1.0, 40.0, (Signal(1.0, 0.5),)))
+    assert sessions[1].max_draft() > 0
 
 
 # -- fitting
