@@ -280,7 +280,7 @@ def emitted(verify, setting):
     first = (q[every] * (1 - accepted)) @ recovered
     first[every] += q[every] * accepted
     kept = every[accepted > 0][:1]
-    if len(kept) == 0:  # no draft token that the filters leave to the target
+    if len(kept) == 0 or INTERPRETED:  # no draft token that the filters leave to the target; or minutes more
         return first, None
     bonus = measure_of_tokens(lambda row, u: run(kept.expand(len(u)), torch.zeros_like(u), u)[0][:, 1], 1, 5)[0]
     return first, bonus
