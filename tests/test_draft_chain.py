@@ -180,7 +180,6 @@ def test_bad_logits_are_named_with_their_step(monkeypatch):
         speckv.generate(tiny_model(), broken, prompt_ids(), policy="fixed:3", max_new_tokens=20)
 
 
-@torch.inference_mode()
 def drafted(head, ids, start, end, most, brought, state, states, first, keys, values, cached, temperature, uniform,
             top_k, top_p, min_p, controller, **real):
     """The op for one sequence."""
@@ -190,6 +189,7 @@ def drafted(head, ids, start, end, most, brought, state, states, first, keys, va
         [uniform], filters, controller, [float(number) for number in real.values()])
 
 
+@torch.inference_mode()
 def test_what_does_not_fit_is_refused():
     drafter = int8_head(tiny_model())
     session = drafter.open()
