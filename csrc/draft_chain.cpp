@@ -69,7 +69,8 @@ public:
         const int64_t room = parts.ids.size(1);
         if (!parts.ids.is_contiguous() || most < 1 || end < 1 || most > room || end > room - most || start < 0 ||
             start >= end) {
-            refuse(op, "ids must be contiguous, start in [0, end), and there must be room for a draft of one token or more");
+            refuse(op, "ids must be contiguous, start in [0, end), and there must be room for a draft of one token or "
+                       "more");
         }
         inputs_ = check_head_inputs(op, head, start, end - start, most - 1, parts.brought, parts.state, states_,
                                     numbers.first, parts.keys, parts.values, numbers.cached);
@@ -103,19 +104,18 @@ public:
 
     // What the head is to read for the next token.
     HeadRead wanted() {
-        float* const row = logits_.data() + (is_greedy() ? 0 : drafted() * width());
         if (drafted() == 0) {
-            return {&inputs_, tokens_ + numbers_.start, numbers_.start, inputs_.count, numbers_.cached, row};
+            return {&inputs_, tokens_ + numbers_.start, numbers_.start, inputs_.count, numbers_.cached, row(0)};
         }
         const int64_t position = numbers_.end + drafted() - 1;
-        return {&inputs_, tokens_ + position, position, 1, numbers_.cached + inputs_.count + drafted() - 1, row};
+        return {&inputs_, tokens_ + position, position, 1, numbers_.cached + inputs_.count + drafted() - 1,
+                row(drafted())};
     }
 
     // Draws the next token from the logits that were wanted.
     void draw() {
-        const float* const row = logits_.data() + (is_greedy() ? 0 : drafted() * width());
         samples_.push_back(draft_sample_row(
-            {row, Dtype::kFloat32, width()}, temperature_, data<float>(uniform_)[drafted()], filters_));
+            {row(drafted()), Dtype::kFloat32, width()}, temperature_, data<float>(uniform_)[drafted()], filters_));
     }
 
     // Whether another one is wanted.
@@ -123,8 +123,7 @@ public:
         const int64_t last = drafted() - 1;
         const DraftSample& sample = samples_.back();
         if (!sample.is_valid) {
-            refuse(op_, "row ", sequence, ": ",
-                   reason({logits_.data() + (is_greedy() ? 0 : last * width()), Dtype::kFloat32, width()}));
+            refuse(op_, "row ", sequence, ": ", reason({row(last), Dtype::kFloat32, width()}));
         }
         tokens_[numbers_.end + last] = head_.token_ids[sample.token];
         const double before = survival_;
@@ -154,6 +153,8 @@ private:
     }
 
     int64_t width() const { return head_.output->rows; }
+    // Of the logits of a token; greedy ones take each other's place.
+    float* row(int64_t number) { return logits_.data() + (is_greedy() ? 0 : number * width()); }
 
     const char* const op_;
     const DraftHead& head_;
@@ -180,9 +181,9 @@ private:
 // and others.
 //
 // Returns the logits that the tokens were drawn from, those of all sequences one after the other [sum of drafted, S],
-// without those of a temperature of 0, and a report [n, 4 + 2 · the most drafted] f64: how many tokens, how many seconds
-// passed in the head and how many outside, for all sequences together, the controller's acceptance of the draft (NaN
-// without one), then entropy and confidence of each token.
+// without those of a temperature of 0, and a report [n, 4 + 2 · the most drafted] f64: how many tokens, how many
+// seconds passed in the head and how many outside, for all sequences together, the controller's acceptance of the draft
+// (NaN without one), then entropy and confidence of each token.
 std::tuple<Tensor, Tensor> draft_chains(
     int64_t number, std::vector<Tensor> ids, std::vector<int64_t> whole, std::vector<Tensor> brought,
     std::vector<Tensor> state, std::vector<Tensor> states, std::vector<Tensor> keys, std::vector<Tensor> values,

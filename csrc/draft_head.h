@@ -56,8 +56,8 @@ struct HeadRead {
     float* logits;            // [S], receives those of the token after them
 };
 
-// A head at work on the next tokens of one sequence, or of several in one walk through its weights. What a sequence gets
-// does not depend on the others.
+// A head at work on the next tokens of one sequence, or of several in one walk through its weights. What a sequence
+// gets does not depend on the others.
 class HeadPass {
 public:
     HeadPass(const DraftHead& head, Team& team);

@@ -40,12 +40,11 @@ Format format_of(const char* op, const char* name, const Tensor& weight, const T
     refuse(op, name, " must be float32, bfloat16, int8 or uint8");
 }
 
-constexpr int64_t kFewInputs = 2;
-constexpr int64_t kDigits = 3;
+constexpr int64_t kFewInputs = 2;  // of 8 bits, for which walks are faster than tiles
+constexpr int64_t kDigits = 3;     // of a byte each, that an input of kInt8 becomes in tiles
 
 bool goes_in_tiles(Format format) {
-    return units() == Units::kAmx &&
-           format != Format::kFloat32;
+    return units() == Units::kAmx && format != Format::kFloat32;
 }
 
 // What a first factor of tiles reads of so many rows; those beyond them count for nothing.
@@ -179,7 +178,7 @@ void Inputs::round_to_bytes(float threshold) {
     bytes_.resize(count_ * columns_);
     byte_scales_.resize(count_);
     outliers_.resize(count_);
-    halves_.resize(count_ * columns_);
+    halves_.resize(rows_of_tiles(count_) * columns_);
     store_bfloat16(values_, count_ * columns_, halves_.data());
     static thread_local Buffer<float> kept;
     kept.resize(columns_);
@@ -273,7 +272,8 @@ void finish_bytes(
     in_widest_units([=]() SPECKV_INLINED {
 #pragma omp simd
         for (int64_t row = 0; row < rows; ++row) {
-            out[row] = static_cast<float>(sums[row] - 128 * row_sums[row]) * (input_scale * scale[row]) * (kStep * kStep);
+            const auto sum = static_cast<float>(sums[row] - 128 * row_sums[row]);
+            out[row] = sum * (input_scale * scale[row]) * (kStep * kStep);
         }
     });
     const auto* const values = static_cast<const int8_t*>(matrix.values) + begin * matrix.columns;
@@ -386,9 +386,9 @@ void multiply_block(const Matrix& matrix, int64_t block, const Inputs& inputs, f
     const int64_t begin = block * kBlockRows;
     const int64_t end = std::min(begin + kBlockRows, matrix.rows);
     out += begin;
-    // Exact sums come out the same either way, and for a few inputs walks are faster.
-    const bool is_faster = matrix.format != Format::kInt8Inputs || inputs.count() > kFewInputs;
-    const bool in_tiles = goes_in_tiles(matrix.format) && is_faster;
+    // Sums of bytes are exact and come out the same either way; the other formats must not change with the count.
+    const bool is_few = matrix.format == Format::kInt8Inputs && inputs.count() <= kFewInputs;
+    const bool in_tiles = goes_in_tiles(matrix.format) && !is_few;
     (in_tiles ? multiply_in_tiles : multiply_in_walks)(matrix, begin, end, inputs, out, stride);
     for (int64_t input = 0; matrix.bias != nullptr && input < inputs.count(); ++input) {
         for (int64_t row = begin; row < end; ++row) {

@@ -21,7 +21,7 @@ namespace speckv {
 enum class Format {
     kFloat32,   // [rows, columns]
     kBFloat16,  // [rows, columns]; inputs are rounded to bf16 too
-    // [rows, columns], one fp32 scale a row. In tiles of bytes inputs are rounded to 24 bits by the largest of their row.
+    // [rows, columns], one fp32 scale a row. In tiles inputs are rounded to 24 bits by the largest of their row.
     kInt8,
     // The same with inputs of 8 bits too, LLM.int8() of bitsandbytes (Dettmers et al., arXiv 2208.07339): each row of
     // inputs is rounded to int8 by its largest value, except for values of at least the threshold, which count as they
@@ -95,8 +95,7 @@ private:
     void round_to_bytes(float threshold);
     void split_into_digits();
 
-    bool has_halves_ = false, has_chunks_ = false, has_tiled_halves_ = false,
-         has_digits_ = false;
+    bool has_halves_ = false, has_chunks_ = false, has_tiled_halves_ = false, has_digits_ = false;
     float bytes_threshold_ = -1;  // that bytes_ were made with
     Buffer<uint16_t> halves_;
     TileInputs tiled_halves_, tiled_bytes_, tiled_digits_;

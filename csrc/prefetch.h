@@ -28,8 +28,8 @@ inline Fetch fetch_of(Walk walk) {
     return walk == Walk::kOnly ? Fetch::kPastL2 : Fetch::kNear;
 }
 
-// A core gets twice as much from memory with 4 KiB as with nothing, half of that with 1 KiB; an Intel core that is asked
-// for its L2 twice as much again with 8 KiB.
+// A Zen core gets twice as much from memory with 4 KiB as with nothing, half of that with 1 KiB. On two Emerald Rapids
+// cores a pass over 270 MB of weights takes 15 ms with nothing, 24 past the L2, 12 with 4 KiB into it and 11 with 8.
 SPECKV_INLINE void prefetch(const void* from, Fetch fetch) {
     constexpr int64_t bytes = 4096;
     const char* const start = static_cast<const char*>(from);

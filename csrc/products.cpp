@@ -3,14 +3,11 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bf16_units.h"
 #include "linear_int8.h"
 #include "matrices.h"
 #include "prefetch.h"
 #include "vectors.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace speckv {
 namespace {
@@ -189,8 +186,6 @@ SPECKV_INLINE void block_four_bit(
 }
 
 #if defined(__x86_64__)
-#define SPECKV_BF16_UNITS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,prefer-vector-width=512")))
-
 // The lanes of four vectors added up, in an order of its own for each.
 SPECKV_BF16_UNITS inline __m128 sum_four(__m512 a, __m512 b, __m512 c, __m512 d) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -394,23 +389,11 @@ SPECKV_BF16_UNITS void bytes_in_units(
     }
 }
 
-SPECKV_BF16_UNITS inline __m512 widen_scale(const uint16_t* from) {
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
 template <int inputs>
 SPECKV_BF16_UNITS void block_in_units(
     const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table_values, int64_t columns,
     const uint16_t* x, Walk walk, float* out, int64_t stride) {
-    // Twice the 16 values: the lookup reads five bits, of which the highest belongs to the other row.
-    alignas(64) uint16_t halves[32];
-    for (int i = 0; i < 32; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, table_values + i % 16, sizeof(bits));
-        halves[i] = static_cast<uint16_t>(bits >> 16);
-    }
-    const __m512i table = _mm512_load_si512(halves);
+    const __m512i table = doubled_table(table_values);
     const Fetch fetch = fetch_of(walk);
     __m512 totals[inputs][2];
     for (auto& total : totals) {

@@ -3,12 +3,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bf16_units.h"
 #include "matrices.h"
 #include "prefetch.h"
-
-#if SPECKV_HAS_TILES
-#include <immintrin.h>
-#endif
 
 namespace speckv {
 
@@ -164,11 +161,6 @@ SPECKV_TILES void block_by_groups(
     }
 }
 
-SPECKV_TILES inline __m512 widen_scale(const uint16_t* from) {
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
 // 64 columns of a block of 32 rows of 4 bits as four second factors: the columns' first half of the low rows and of the
 // high ones, and the second half.
 struct Unpacked {
@@ -190,8 +182,8 @@ SPECKV_TILES inline void unpack(const uint8_t* indices, __m512i table, Unpacked&
     }
 }
 
-// One group of up to kTileWidth inputs or two, for which the weights are unpacked once. x has rows enough for as many as
-// the tiles are shaped for.
+// One group of up to kTileWidth inputs or two, for which the weights are unpacked once. x has rows enough for as many
+// as the tiles are shaped for.
 template <int groups>
 SPECKV_TILES void four_bit_with_groups(
     const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, __m512i table, int64_t columns,
@@ -238,7 +230,7 @@ SPECKV_TILES void four_bit_with_groups(
             store_tile<3>(sums[1] + kTileWidth * kTileHeight, kTileBytes);
         }
         const uint16_t* const row_scale = scale + block * scale_stride;
-        _mm_prefetch(reinterpret_cast<const char*>(row_scale + 2 * kBlockRows), _MM_HINT_T1);  // of two blocks of rows on
+        _mm_prefetch(reinterpret_cast<const char*>(row_scale + 2 * kBlockRows), _MM_HINT_T1);  // two blocks of rows on
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
             const __m512 scales = widen_scale(row_scale + half * kTileHeight);
@@ -254,26 +246,16 @@ SPECKV_TILES void four_bit_with_groups(
     }
 }
 
-// Twice the 16 values: the lookup reads five bits, of which the highest belongs to the other row.
-SPECKV_TILES __m512i twice(const float* table) {
-    alignas(kTileBytes) uint16_t halves[32];
-    for (int i = 0; i < 32; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, table + i % 16, sizeof(bits));
-        halves[i] = static_cast<uint16_t>(bits >> 16);
-    }
-    return _mm512_load_si512(halves);
-}
-
 SPECKV_TILES void four_bit_by_groups(
     const uint8_t* indices, const uint16_t* scale, int64_t scale_stride, const float* table, int64_t columns,
     const uint16_t* x, int64_t inputs, float* out, int64_t stride) {
-    const __m512i doubled = twice(table);
+    const __m512i doubled = doubled_table(table);
     shape_tiles(Shape::kInputsFirst, std::min(inputs, kTileWidth));
     for (int64_t first = 0; first < inputs; first += 2 * kTileWidth) {
         const int64_t count = std::min(2 * kTileWidth, inputs - first);
         const auto multiply = count > kTileWidth ? four_bit_with_groups<2> : four_bit_with_groups<1>;
-        multiply(indices, scale, scale_stride, doubled, columns, x + first * columns, count, out + first * stride, stride);
+        multiply(
+            indices, scale, scale_stride, doubled, columns, x + first * columns, count, out + first * stride, stride);
     }
 }
 

@@ -1,7 +1,8 @@
-// The products of products.h in AMX tiles. Up to kTileWidth inputs take as long as one.
+// The products of products.h in AMX tiles. Up to kTileWidth inputs take as many products of tiles as one; what grows with
+// them is to arrange inputs and to put the sums where they belong.
 //
-// Of bf16 and of 8-bit inputs the weights are the first factor, as they lie; the inputs' words of 4 bytes are transposed
-// once a pass. Of 4 bits the weights are the second factor, in the order in which they are unpacked anyway.
+// Of bf16 and int8 the weights are the first factor, as they lie; the inputs' words of 4 bytes are transposed once a
+// pass. Of 4 bits the weights are the second factor, in the order in which they are unpacked anyway.
 
 #pragma once
 

@@ -74,8 +74,6 @@ bool may_use_tiles() {
 
 TileUse::TileUse() = default;
 TileUse::~TileUse() = default;
-
-void shape_tiles(Shape, int64_t) {}
 #endif
 
 }  // namespace speckv
