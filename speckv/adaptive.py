@@ -33,6 +33,7 @@ from speckv.stopping import StopRule, Worth
 
 NEXT_STANDS = 0.6  # how often one more token of a model stands, where all before it do
 LOOK_AHEAD = 2     # tokens
+LEAST_VALUE = 0.5  # of a token beside those of other texts, for a draft to be made
 NOTHING_TOLD = 0.0, 0.0  # by a drafter of its own signals, before it has proposed a token
 
 
@@ -54,9 +55,7 @@ class Adaptive:
         self._experience = {}  # compression: Experience
 
     def open(self, compression=None):
-        experience = self._experience.setdefault(compression, Experience())
-        experience.forget_trials()  # of a text that was broken off
-        return _AdaptiveSession(self, compression, experience)
+        return _AdaptiveSession(self, compression, self._experience.setdefault(compression, Experience()))
 
 
 class _AdaptiveSession(PolicySession):
@@ -82,16 +81,13 @@ class _AdaptiveSession(PolicySession):
         self._is_warm = False      # whether a model drafted in the last step, and has read all the text but its end
         self._is_estimate = False  # of the last draft
         self._chained = None       # of a draft made in one call: how many tokens, and the controller's acceptance
-        self._begun = None         # whose source's draft has begun that others of a batch are made together with
 
     def max_draft(self):
         self._state.begin()
         self._chained = None
-        if self._begun is not None:  # and came to nothing
-            self._begun.trials += 1
-            self._begun = None
         kinds = (False, True) if self.is_asked else (self._is_estimate,)
-        if self.is_ahead or self._experience.wants_plain or not any(map(self.may_draft, kinds)):
+        is_ahead = self.others.value < LEAST_VALUE
+        if is_ahead or self._experience.wants_plain or not any(map(self.may_draft, kinds)):
             return 0
         return self._longest
 
@@ -99,13 +95,11 @@ class _AdaptiveSession(PolicySession):
         return not all(source.pause for source in self._experience.sources.values())
 
     def may_draft(self, is_estimate):
-        return self._experience.sources[is_estimate].may_draft
+        return self._experience.sources[is_estimate].pause == 0
 
     def draft(self, logits, temperature, uniform, drafted, own, **filters):
         costs, is_estimate, device = self._experience.costs, own is not None, logits.device
         source = self._experience.sources[is_estimate]
-        if drafted == 0:
-            source.begin()
         self._state.write(self._signals.numpy()[0], drafted, own)
         stop_here = min(drafted + 1, LONGEST_COUNTED - 1)
         more_ms = costs.more_ms(drafted + 1, is_estimate, LOOK_AHEAD, self.others)
@@ -116,7 +110,7 @@ class _AdaptiveSession(PolicySession):
         if device.type != "cpu":
             inputs = (tensor.to(device) for tensor in inputs)
         token, _, entropy, confidence, signals, gamma = draft_step(
-            logits, temperature, uniform, *inputs, self._experience.rate / source.scale, **filters)
+            logits, temperature, uniform, *inputs, self._rate / source.scale, **filters)
         entropy, confidence, gamma = read_numbers(entropy, confidence, gamma)
         if gamma < 0 or math.isnan(entropy):
             raise NumericalError("draft_step: row 0: the logits are not a distribution (NaN, +inf, or all -inf)")
@@ -129,24 +123,23 @@ class _AdaptiveSession(PolicySession):
 
     def stop_rule(self, most, is_estimate):
         experience, source = self._experience, self._experience.sources[is_estimate]
-        if not is_estimate:  # the next text of a batch is asked before this one's draft is made
-            source.begin()
-            self._begun = source
         self._state.write(self._signals.numpy()[0], 0, NOTHING_TOLD if is_estimate else None)
         return StopRule(min(most, source.cap), worth=Worth(
             self._signals, self._weights, experience.costs.numbers, experience.costs.draft_ms(is_estimate, 1),
-            experience.rate, source.scale, NEXT_STANDS, LONGEST_COUNTED, LOOK_AHEAD, self.others.positions))
+            self._rate, source.scale, NEXT_STANDS, LONGEST_COUNTED, LOOK_AHEAD, self.others.positions))
 
     def drafted(self, chain):
-        if self._begun is None:
-            self._experience.sources[chain.signals[0].is_estimate].begin()
-        self._begun = None
         self._chained = len(chain.signals), chain.acceptance
+
+    @property
+    def _rate(self):
+        """Tokens per second that a draft token of this text has to keep up with."""
+        return self._experience.rate / self.others.value
 
     def _is_worth_it(self, survival, stands, more_ms):
         """Whether one more token or the next few are worth so many milliseconds, where the draft survives with this
         probability and each of them stands with that."""
-        rate, tokens = self._experience.rate / 1e3, 0.0
+        rate, tokens = self._rate / 1e3, 0.0
         for ms in more_ms:
             survival *= stands
             tokens += survival

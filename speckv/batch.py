@@ -1,5 +1,6 @@
 """Several texts at a time: each as it would be alone, with several to a pass of the target."""
 
+import math
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,8 @@ from speckv.records import SpecOutput
 # What concerns one text, by its default.
 _OF_A_TEXT = {"attention_mask": None, "max_new_tokens": 128, "temperature": 0.0, "seed": None, "eos_token_id": None,
               "top_k": 0, "top_p": 1.0, "min_p": 0.0, "logits_processor": None, "stopping_criteria": None}
+
+WIDTH = 1 / 8  # of the tokens left; how far apart the ends of texts are, or how much later than expected
 
 
 def generate_batch(target, drafter, requests, policy="adaptive", fast=False, on_step=None,
@@ -71,7 +74,8 @@ def _step(runs, last_rows):
     of_all = sum(rows.values())
     of_a_row = read_ms / of_all
     for index, run in runs.items():
-        run.policy.others = Others(len(runs) - 1, of_all - rows[index]) if has_shared else ALONE
+        value = run.policy.others.value
+        run.policy.others = Others(len(runs) - 1, of_all - rows[index], value) if has_shared else ALONE
     made = {index: _named(index, run.commit, *read[index], rows[index] * of_a_row) for index, run in runs.items()}
     return made, rows
 
@@ -79,12 +83,11 @@ def _step(runs, last_rows):
 def _drafts(runs, last_rows, shares):
     """The draft of each run, made together as far as the drafter can. The others of a text are expected to take as many
     rows of the pass as they took last time."""
-    most = max(run.left for run in runs.values())
+    values = _values(runs)
     expected = sum(last_rows[index] for index in runs)
     begun = {}
     for index, run in runs.items():
-        run.policy.is_ahead = shares and run.left < most
-        run.policy.others = Others(len(runs) - 1, expected - last_rows[index]) if shares else ALONE
+        run.policy.others = Others(len(runs) - 1, expected - last_rows[index], values[index]) if shares else ALONE
         begun[index] = _named(index, run.begin_draft)
     wanted = {index: draft.wanted for index, draft in begun.items() if draft.wanted is not None}
     started = time.perf_counter()
@@ -98,6 +101,18 @@ def _drafts(runs, last_rows, shares):
         share = 0.0 if chain is None else len(chain.signals) * of_a_token
         drafts[index] = _named(index, run.end_draft, begun[index], chain, share)
     return drafts
+
+
+def _values(runs):
+    """What one more token of each run is worth, by index, in that of the average run.
+
+    The batch is over when its last text is, so a token of a text that is behind is worth more: by a softmax of what is
+    left, as wide as it is uncertain how much of that there will be.
+    """
+    most = max(run.left for run in runs.values())
+    weights = {index: math.exp((run.left - most) / (WIDTH * most)) for index, run in runs.items()}
+    average = sum(weights.values()) / len(weights)
+    return {index: weight / average for index, weight in weights.items()}
 
 
 def _chains(runs, wanted):

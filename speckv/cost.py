@@ -19,11 +19,12 @@ USUAL_DRAFT_SHARE = 0.1  # of a plain pass, what a model's draft token takes bef
 
 
 class Others(NamedTuple):
-    """The other texts that share a pass with one: how many, and how many positions they have in it, as far as is known.
-    """
+    """The other texts that share a pass with one: how many, how many positions they have in it, as far as is known, and
+    what a token of this one is worth beside theirs, of which the average is 1."""
 
     texts: int = 0
     positions: int = 0
+    value: float = 1.0
 
 
 ALONE = Others()
@@ -189,12 +190,13 @@ class StepCosts:
             step.gamma + 1 + others.positions)
 
     def lost(self, step, others: Others = ALONE) -> float:
-        """What a step such as this StepRecord takes beyond its tokens, in plain steps: what its draft makes it longer,
-        beside what the same tokens take without."""
-        positions = min(1 + others.positions, MOST_POSITIONS - step.gamma)
-        more_ms = self._draft_ms_of(step) + self.verify_ms(positions + step.gamma) - self.verify_ms(positions)
-        texts = 1 + others.texts
-        return more_ms * texts / self.verify_ms(texts) - (step.tokens - 1)
+        """What a step such as this StepRecord takes beyond its tokens, in plain passes: what its draft makes the pass
+        longer, beside what the same tokens take without. All draft tokens of a pass make it longer by the same."""
+        texts, positions = 1 + others.texts, min(step.gamma + 1 + others.positions, MOST_POSITIONS)
+        drafted = min(step.gamma + others.positions - others.texts, positions - 1)
+        more_ms = self.verify_ms(positions) - self.verify_ms(positions - drafted)
+        more_ms = self._draft_ms_of(step) + more_ms * step.gamma / drafted
+        return more_ms / self.verify_ms(texts) - others.value * (step.tokens - 1) / texts
 
     def _draft_ms_of(self, step):
         copied = _copied(step)

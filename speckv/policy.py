@@ -26,7 +26,6 @@ class PolicySession:
     name = "policy"
     is_asked = False  # whether the drafter asks may_draft() before it drafts
     others = ALONE    # the texts that share the pass which verifies the step
-    is_ahead = False  # whether one of those has more tokens left to decode, and so ends them
 
     def max_draft(self) -> int:
         """The most tokens the next step may draft; 0 is plain decoding."""

@@ -1,5 +1,6 @@
 """Texts decoded together are those that each is alone."""
 
+import math
 from itertools import dropwhile
 from types import SimpleNamespace
 
@@ -76,15 +77,6 @@ def test_all_texts_are_read_in_one_pass(monkeypatch):
     assert widths == [3, 3, 2, 2, 1, 1], "a text that has ended is read no more"
 
 
-class Waiting(PolicySession):
-    """Drafts two tokens where its text ends the batch."""
-
-    name = "waiting"
-
-    def max_draft(self):
-        return 0 if self.is_ahead else 2
-
-
 class Listening(PolicySession):
     """Drafts as many tokens as its place in the batch, and keeps what it is told of the other texts."""
 
@@ -135,24 +127,50 @@ def test_texts_that_memory_lets_share_no_pass_are_told_so(monkeypatch):
     assert {others for when, _, others in told if when == "after"} == {ALONE}
 
 
+class Valuing(PolicySession):
+    """Keeps what a token of its text is worth beside others, and drafts two where that is most."""
+
+    name = "valuing"
+
+    def __init__(self, told):
+        self.told = told
+
+    def will_draft(self):
+        return True
+
+    def max_draft(self):
+        return 2 if self.others.value >= 1 else 0
+
+    def record(self, step):
+        assert step.gamma == 0 or self.others.value >= 1
+        self.told.append(self.others.value)
+
+
 @ways
-def test_a_text_that_is_ahead_of_others_is_told_where_they_share_a_pass(fast):
-    policy = SimpleNamespace(name="waiting", open=lambda compression: Waiting())
-    target, told = tiny_model(), []
-    requests = [{"input_ids": prompt_ids(6, seed=seed), "max_new_tokens": count}
-                for seed, count in ((1, 40), (2, 40), (3, 25))]
-    speckv.generate_batch(target, tiny_model(seed=1), requests, policy=policy, fast=fast, eos_token_id=[],
-                          on_step=lambda index, tokens, record: told.append((index, len(tokens), record.gamma)))
-    left, waited = [request["max_new_tokens"] for request in requests], 0
-    while told:
-        step = [told.pop(0) for _ in range(3 - left.count(0))]
-        for index, _, gamma in step:
-            waits = fast and left[index] < max(left)
-            assert gamma == (0 if waits else min(2, left[index] - 1))
-            waited += waits
-        for index, count, _ in step:
+def test_a_token_of_a_text_that_is_behind_is_worth_more_where_they_share_a_pass(fast):
+    values, left, steps = ([], [], []), [40, 40, 25], []
+    opened = iter(values)
+    policy = SimpleNamespace(name="valuing", open=lambda compression: Valuing(next(opened)))
+    requests = [{"input_ids": prompt_ids(6, seed=seed), "max_new_tokens": count} for seed, count in enumerate(left)]
+    speckv.generate_batch(tiny_model(), tiny_model(seed=1), requests, policy=policy, fast=fast, eos_token_id=[],
+                          on_step=lambda index, tokens, record: steps.append((index, len(tokens))))
+    taken = [0, 0, 0]
+    while steps:
+        step = [steps.pop(0) for _ in range(3 - left.count(0))]
+        told = {index: values[index][taken[index]] for index, _ in step}
+        if not fast or len(step) == 1:
+            assert set(told.values()) == {1.0}
+        else:
+            assert sum(told.values()) == pytest.approx(len(step))
+            for one in told:
+                for other in told:
+                    assert (told[one] > told[other]) == (left[one] > left[other])
+            if left == [40, 40, 25]:  # e^-3
+                assert told[2] / told[0] == pytest.approx(math.exp(-15 / 5))
+        for index, count in step:
             left[index] -= count
-    assert left == [0, 0, 0] and (waited > 10) == fast
+            taken[index] += 1
+    assert left == [0, 0, 0]
 
 
 @ways
