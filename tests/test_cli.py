@@ -13,11 +13,6 @@ import speckv
 from speckv import cli, demo
 
 
-def run(*arguments, **settings):
-    return subprocess.run([sys.executable, "-m", "speckv.cli", *arguments], capture_output=True, text=True, timeout=300,
-                          **settings)
-
-
 def run_main(monkeypatch, capsys, *arguments):
     """The command inside this process: its exit status and what it printed."""
     monkeypatch.setattr(sys, "argv", ["speckv", *arguments])
@@ -27,22 +22,23 @@ def run_main(monkeypatch, capsys, *arguments):
 
 
 @needs_embedded
-def test_generate_prints_json(tmp_path):
-    result = run("generate", "--prompt", PROMPTS["code"], "--compression", "nf4", "--policy", "fixed:4",
-                 "--max-new-tokens", "24", "--json", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    printed = json.loads(result.stdout)
+def test_generate_prints_json(monkeypatch, capsys):
+    status, result = run_main(monkeypatch, capsys, "generate", "--prompt", PROMPTS["code"], "--compression", "nf4",
+                              "--policy", "fixed:4", "--max-new-tokens", "24", "--json")
+    assert status == 0, result.err
+    printed = json.loads(result.out)
     assert {"text", "tokens", "steps", "tokens_per_second", "acceptance_rate"} <= printed.keys()
     assert printed["tokens"] == 24 and 0 < printed["steps"] <= 24
     assert "def" in printed["text"] and printed["tokens_per_second"] > 0
 
 
 @needs_embedded
-def test_generate_streams_the_whole_text(tmp_path):
-    arguments = ("generate", "--prompt", "-", "--max-new-tokens", "20", "--policy", "fixed:2")
-    streamed = run(*arguments, cwd=tmp_path, input=PROMPTS["chat"])
-    whole = run(*arguments, "--json", cwd=tmp_path, input=PROMPTS["chat"])
-    assert streamed.stdout.strip() == json.loads(whole.stdout)["text"].strip()
+def test_generate_streams_the_whole_text(tmp_path, monkeypatch, capsys):
+    arguments = ("generate", "--max-new-tokens", "20", "--policy", "fixed:2", "--prompt")
+    streamed = subprocess.run([sys.executable, "-m", "speckv.cli", *arguments, "-"], input=PROMPTS["chat"],
+                              capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    _, whole = run_main(monkeypatch, capsys, *arguments, PROMPTS["chat"], "--json")
+    assert streamed.stdout.strip() == json.loads(whole.out)["text"].strip()
     assert "20 tokens in" in streamed.stderr
 
 

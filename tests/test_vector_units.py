@@ -24,6 +24,9 @@ WIDEST = VECTOR_UNITS.index(vector_units())
 NARROWER = [pytest.param(units, marks=pytest.mark.skipif(index >= WIDEST, reason=f"this machine has {vector_units()}"))
             for index, units in enumerate(VECTOR_UNITS[:-1])]
 
+# Tests of what is above the loops, some of which start processes of their own.
+OF_THE_SCHEMA = ("test_backends.py", "test_opcheck.py", "test_shape_functions.py")
+
 
 def python(*arguments, units):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=HERE.parent,
@@ -34,7 +37,7 @@ def python(*arguments, units):
 def test_the_ops_and_the_engine_pass_their_tests(units):
     ops = HERE.glob("ops/test_*.py") if units in ("plain", "avx2") else ()  # their loops for AVX-512 are the widest
     files = [*sorted(ops), HERE / "test_engine.py", HERE / "test_head_engine.py"]
-    files = [str(file) for file in files if file.name != "test_backends.py"]  # that starts processes of its own
+    files = [str(file) for file in files if file.name not in OF_THE_SCHEMA]
     result = python("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *files, units=units)
     assert result.returncode == 0 and re.search(r"\d{3} passed", result.stdout), result.stdout[-5000:]
 
