@@ -6,19 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
-
 try:
     import typer
     from rich.console import Console
 except ImportError:
     sys.exit("speckv: the command line needs packages of its own: pip install 'speckv[cli]'")
 
-from speckv.compare import DEFAULT_POLICIES
 from speckv.compression import COMPRESSIONS
 from speckv.errors import InputError, SpecKVError
-from speckv.models import DEFAULT_DRAFT, EMBEDDED
-from speckv.policies import POLICIES
+from speckv.names import DEFAULT_DRAFT, DEFAULT_POLICIES, EMBEDDED, POLICIES
 
 app = typer.Typer(
     help="Speculative decoding for quantized language models. Start with 'speckv demo'.",
@@ -68,7 +64,7 @@ def generate(
     from speckv.policies import parse_policy
     from speckv.terminal import TokenPrinter, encode_prompt
 
-    _set_threads(threads)
+    _begin(threads)
     chosen = parse_policy(policy)
     model, tokenizer = load_target(target, compression)
     drafter = load_drafter(draft, model) if chosen.name != "off" else None
@@ -115,7 +111,7 @@ def demo(
     """Four prompts at three compression levels, plain and with speculation, and a table of what it gained."""
     from speckv.demo import run
 
-    _set_threads(threads)
+    _begin(threads)
     run(target, draft, _names(compressions), _names(policy), max_new_tokens, fast)
 
 
@@ -195,7 +191,7 @@ def distill(
     if hours is not None and epochs is not None:
         raise InputError("--hours and --epochs both say when training ends: give one of them")
     keep_freed_memory()
-    _set_threads(threads)
+    _begin(threads)
     corpus = CorpusSettings(tokens=tokens or (TOKENS if hours is None else MOST_TOKENS), seed=seed)
     settings = DistillSettings(kind=kind, num_layers=layers, depth=depth, head_tokens=head_tokens,
                                epochs=EPOCHS if epochs is None else epochs, hours=hours, corpus=corpus,
@@ -264,7 +260,7 @@ def profile(
         model, tokenizer = load_target(target, compression)
         return model, load_drafter(draft, model), lambda prompt: encode_prompt(tokenizer, prompt)
 
-    _set_threads(threads)
+    _begin(threads)
     chosen = {task: texts[:per_task] for task, texts in (read_prompts(prompts) if prompts else PROMPTS).items()}
     settings = ProfileSettings(target, draft, drafter_hash(draft), _numbers("gammas", gammas),
                                tuple(_names(compressions)), max_new_tokens, temperature, seed, fast)
@@ -340,9 +336,8 @@ def compare(
     from speckv.prompts import PROMPTS, read_prompts
     from speckv.terminal import CompareProgress, encode_prompt
 
-    _set_threads(threads)
     settings = CompareSettings(target, draft, tuple(_names(policies)), tuple(_names(compressions)), max_new_tokens,
-                               temperature, torch.get_num_threads(), fast)
+                               temperature, _begin(threads), fast)
     chosen = {task: list(texts)[skip:skip + per_task]
               for task, texts in (read_prompts(prompts) if prompts else PROMPTS).items()}
 
@@ -410,23 +405,26 @@ def doctor(
     """
     from speckv.doctor import profile_decode, report
 
-    _set_threads(threads)
+    _begin(threads)
     if profile:
         profile_decode(compression, draft, policy, max_new_tokens, fast)
     else:
         report()
 
 
-def _set_threads(threads):
+def _begin(threads):
+    """Before a command's work; returns how many threads PyTorch has."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # its bars for loading weights would run through the streamed text
     if threads is not None:
         torch.set_num_threads(threads)
+    return torch.get_num_threads()
 
 
 def main():
     """Entry point: errors that speckv raises on purpose end in one line and exit status 2."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # its bars for loading weights would run through the streamed text
     try:
         app()
     except (SpecKVError, OSError) as error:

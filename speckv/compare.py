@@ -23,8 +23,6 @@ from speckv.evaluate import PLAIN, RESAMPLES, Answer, best_fixed, compare, figur
 from speckv.files import check_writable, locked, write_json
 from speckv.policies import parse_policy
 
-DEFAULT_POLICIES = ("off,fixed:1,fixed:2,fixed:3,fixed:4,fixed:6,fixed:8,paper,adaptive,hf-confidence,hf-heuristic,"
-                    "adaedl,svip,specdec++")
 SETTINGS_FILE, RESULT_FILE, PARTS_FOLDER = "settings.json", "compare.json", "parts"
 WARM_UP_TOKENS = 8
 TABLE_WIDTH = 170

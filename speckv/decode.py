@@ -31,7 +31,7 @@ def generate(target, drafter, input_ids, attention_mask=None, max_new_tokens=128
     """Decode with speculation: the target's own output, sooner.
 
     target is a causal language model of transformers, drafter a model that shares its tokenizer or a Drafter (None
-    will do where the policy never drafts). policy is one of speckv.policies.POLICIES, or a Policy of your own, which
+    will do where the policy never drafts). policy is one of speckv.names.POLICIES, or a Policy of your own, which
     may be given to many calls and keep what it learns. input_ids [1, n] i64; attention_mask [1, n] hides padding. At
     temperature 0 the output is that of greedy decoding, else a sample of softmax(logits / temperature). With a seed the
     sample is that of plain decoding with this seed, whatever drafts and however much; without, numbers come from

@@ -25,7 +25,8 @@ from speckv.corpus import Corpus, target_identity
 from speckv.distill_settings import HISTORY_FILE, KINDS, DistillSettings, Progress, places
 from speckv.errors import InputError, ModelError
 from speckv.files import check_writable, locked, remove_leftovers
-from speckv.models import EMBEDDED, shipped_drafter
+from speckv.models import shipped_drafter
+from speckv.names import EMBEDDED
 from speckv.students import head_logits
 from speckv.training import train
 

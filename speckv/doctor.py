@@ -12,6 +12,7 @@ from speckv import kernels, models
 from speckv.demo import PROMPTS
 from speckv.files import cache_folder
 from speckv.kernels.ops import SCHEMAS, TRITON_OPS
+from speckv.names import EMBEDDED
 from speckv.policies import parse_policy
 from speckv.profile_decode import Profile, profile, table
 from speckv.terminal import encode_prompt
@@ -31,14 +32,14 @@ def report() -> None:
 def profile_decode(compression: str, draft: str, policy: str, max_new_tokens: int, fast: bool) -> Profile:
     """Decode once with the embedded target, greedily and past the end of the answer, and print where the time went."""
     chosen = parse_policy(policy)
-    target, tokenizer = models.load_target(models.EMBEDDED, compression)
+    target, tokenizer = models.load_target(EMBEDDED, compression)
     drafter = models.load_drafter(draft, target) if chosen.name != "off" else None
     ids = encode_prompt(tokenizer, PROMPTS["code"]).to(target.device)
     settings = {"policy": chosen, "eos_token_id": [], "fast": fast}
     profile(target, drafter, ids, max_new_tokens=8, **settings)  # what is made once, and cold caches
     profiled = profile(target, drafter, ids, max_new_tokens=max_new_tokens, **settings)
     console = Console()
-    console.print(f"{models.EMBEDDED} at {compression}, {chosen.name}{' --fast' if fast else ''}, "
+    console.print(f"{EMBEDDED} at {compression}, {chosen.name}{' --fast' if fast else ''}, "
                   f"{torch.get_num_threads()} threads", highlight=False)
     console.print(table(profiled))
     return profiled

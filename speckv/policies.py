@@ -4,12 +4,12 @@ from speckv.adaptive import Adaptive
 from speckv.baselines import SVIP, AdaEDL, HFConfidence, HFHeuristic, Paper, SpecDecPlusPlus
 from speckv.controller import shipped_controller
 from speckv.errors import InputError
+from speckv.names import POLICIES
 from speckv.policy import Fixed, Policy
 
 NAMED = {
     "adaptive": Adaptive, "hf-confidence": HFConfidence, "hf-heuristic": HFHeuristic, "adaedl": AdaEDL, "svip": SVIP,
     "specdec++": SpecDecPlusPlus, "paper": lambda: Paper(shipped_controller("paper"))}
-POLICIES = f"off, fixed:N with N draft tokens a step, or {', '.join(NAMED)}"
 
 
 def parse_policy(policy) -> Policy:

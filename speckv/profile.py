@@ -23,7 +23,8 @@ from speckv.decode import generate
 from speckv.drafters import as_drafter
 from speckv.errors import InputError
 from speckv.files import check_writable, locked, remove_leftovers, sha256, write_json
-from speckv.models import EMBEDDED, LOOKUP, check_compression, shipped_drafter
+from speckv.models import check_compression, shipped_drafter
+from speckv.names import EMBEDDED, LOOKUP
 from speckv.policy import Fixed
 from speckv.record_files import Records, Text, check_installed, join, make_records, read_steps, read_tokens, write_table
 

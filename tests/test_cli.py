@@ -60,6 +60,11 @@ def test_every_command_has_help(command, monkeypatch, capsys):
     assert status == 0 and "Usage" in printed.out
 
 
+def test_help_needs_no_pytorch():
+    code = "import speckv.cli, sys; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_doctor_names_the_backend_of_every_op(monkeypatch, capsys):
     _, printed = run_main(monkeypatch, capsys, "doctor")
     for op in ("draft_sample", "plan_gamma", "draft_step", "verify_chain", "linear_int8"):

@@ -13,9 +13,10 @@ from tiny_models import noisy_copy, prompt_ids, tiny_model
 
 import speckv
 from speckv import InputError, compare, compare_plots
-from speckv.compare import DEFAULT_POLICIES, CompareSettings, has_changed_text, report, run, summarize
+from speckv.compare import CompareSettings, has_changed_text, report, run, summarize
 from speckv.differences import first_difference
-from speckv.policies import parse_policy
+from speckv.names import DEFAULT_POLICIES, NAMED_POLICIES
+from speckv.policies import NAMED, parse_policy
 
 PROMPTS = {"code": ["ab", "cde"], "math": ["fgh"]}
 POLICIES = ("off", "fixed:2", "fixed:4", "adaptive")
@@ -153,6 +154,7 @@ def test_tables_and_plots_are_made(tmp_path, capsys):
 
 
 def test_every_default_policy_has_a_name():
+    assert tuple(NAMED) == NAMED_POLICIES
     assert [parse_policy(name).name for name in DEFAULT_POLICIES.split(",")] == DEFAULT_POLICIES.split(",")
 
 
