@@ -21,7 +21,7 @@ demo: .venv/installed
 # Triton's interpreter is chosen when Triton is imported, so its tests need a process of their own.
 test: .venv/installed
 	# One of its files takes most of the time, so its tests are shared out one by one.
-	$(INTERPRETER) $(PYTEST) --dist=worksteal tests/ops tests/triton tests/test_backends_agree.py
+	$(INTERPRETER) $(PYTEST) --dist=worksteal tests/ops tests/triton_kernels tests/test_backends_agree.py
 	$(PYTEST) tests
 
 # The long counts of the tests that search: 20,000 odd inputs of the ops, 1,000 texts in one process.

@@ -1,6 +1,6 @@
 """What only the Triton backend promises, on CPU tensors: -1 where it cannot raise, and how little it reads.
 
-Run in a process of its own: TRITON_INTERPRET=1 SPECKV_BACKEND=triton pytest tests/triton
+Run in a process of its own: TRITON_INTERPRET=1 SPECKV_BACKEND=triton pytest tests/triton_kernels
 """
 
 import os

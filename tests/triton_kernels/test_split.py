@@ -1,6 +1,6 @@
 """A row of logits read by several programs gives the bits that one program gives, in whatever order they run.
 
-Run in a process of its own: TRITON_INTERPRET=1 SPECKV_BACKEND=triton pytest tests/triton
+Run in a process of its own: TRITON_INTERPRET=1 SPECKV_BACKEND=triton pytest tests/triton_kernels
 """
 
 import contextlib
