@@ -12,15 +12,15 @@ SCALE_TRIALS = 8.0        # promised tokens that a scale of 1 is worth
 LEAST_CAP, RETRY_CAP = 8, 2
 FIRST_PAUSE, LONGEST_PAUSE = 8, 256  # passes without this kind of draft after it was found to cost more than it gives
 PLAIN_EVERY = 128         # passes after which the time of a plain one is measured again
-MOST_LOST = 1.5           # plain passes; what drafting may lose before a pause, a run of bad luck among them
-MOST_GAINED = 1.5         # plain passes; gains beyond do not make up for later losses
+MOST_LOST = 1.5           # what drafting may lose before a pause, a run of bad luck among them
+MOST_GAINED = 1.5         # gains beyond do not make up for later losses
 
 
 @dataclass
 class Source:
     """One kind of draft, a model's or copies of the text: how it has done, and whether it rests."""
 
-    lost: float = 0.0          # against plain decoding, in plain passes (see Experience); negative for a gain
+    lost: float = 0.0          # against plain decoding; negative for a gain. A plain pass of n texts counts sqrt(n)
     promised: float = SCALE_TRIALS
     accepted: float = SCALE_TRIALS
     pause: int = 0             # passes still to rest
@@ -33,7 +33,7 @@ class Source:
         return min(max(self.accepted / self.promised, LEAST_SCALE), MOST_SCALE)
 
     def record(self, gamma, accepted, promised, lost):
-        """Learn from a draft of which so many tokens were promised, in a step that lost so much (as in `lost`)."""
+        """Learn from a draft of which so many tokens were promised, in a step that lost so much."""
         self.promised = FADE * self.promised + promised
         self.accepted = FADE * self.accepted + accepted
         if accepted == gamma:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The C++ kernels on AArch64, emulated: cross-compiles them, with the NEON that every such core has, and runs the tests
-# of the ops and of the engine. Takes an hour; a machine of that kind needs none of this, `make test` is the same there.
+# of the ops and of the engine. For who has no such machine: there `make test` does it.
 #
-#   tests/on_arm.sh FOLDER [tests...]      FOLDER keeps 2 GB of packages from run to run
+#   tests/on_arm.sh FOLDER [tests...]      FOLDER keeps 1.3 GB of packages from run to run
 #
 # Wants Debian or Ubuntu with `apt install qemu-user-static g++-aarch64-linux-gnu` and, for the packages of that machine,
 # `dpkg --add-architecture arm64 && apt update`.
@@ -38,7 +38,7 @@ if [ ! -d "$packages/transformers" ]; then
     "${install[@]}" transformers safetensors pytest hypothesis psutil scipy sympy networkx jinja2
 fi
 
-rm -rf "$copy"
+rm -rf "$copy" "$folder/objects"
 mkdir -p "$copy" "$folder/objects"
 cp -r "$source"/{csrc,kernels,speckv,tests,pyproject.toml} "$copy"
 rm -f "$copy"/kernels/_C*.so

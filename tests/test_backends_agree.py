@@ -21,7 +21,7 @@ SAMPLING = {"greedy": {}, "sampled": {"temperature": 0.8}, "with a seed": {"temp
 @pytest.mark.parametrize("policy, sampling", [
     (policy, sampling) for policy in ("off", "fixed:3", "hf-confidence", "adaptive") for sampling in SAMPLING
     if (policy != "adaptive" or sampling in ("greedy", "with a seed", "filtered with a seed"))
-    and not (policy == "hf-confidence" and sampling.startswith("filtered"))])  # drawn as those of fixed:3
+    and not (policy == "hf-confidence" and sampling.startswith("filtered"))])  # filtered as those of fixed:3
 def test_the_loop_gives_the_same_tokens_as_on_the_reference(policy, sampling, monkeypatch):
     target = tiny_model()
     drafter = noisy_copy(target)
