@@ -39,7 +39,8 @@ def groups(results):
         row = grouped.setdefault(benchmark["group"], {"floor": None, "bound": "", "info": {}})
         row[info["implementation"]] = benchmark["stats"]["median"] * 1e6
         if info["implementation"] == "speckv" and info["bytes"]:
-            row["floor"], row["bound"] = floor_us(results["floors"], info["bytes"], info["exps"])
+            row["floor"], row["bound"] = floor_us({**results["floors"], "exp": info["exp"]}, info["bytes"],
+                                                 info["exps"])
             row["info"] = info
     return grouped
 
