@@ -52,11 +52,14 @@ DraftSample draft_sample_row(const Row& row, float temperature, float uniform, c
             }
             continue;
         }
-        const ExpSums block_sums = exp_sums(of_row.values(), of_row.size(), sums.maximum, of_row.ahead());
+        const ExpSums block_sums =
+            exp_sums(of_row.values(), of_row.size(), of_row.order(), sums.maximum, of_row.ahead());
         sums.total += block_sums.sum;
         sums.weighted += block_sums.weighted;
         // At temperature 1, and when greedy or filtered, where the masses are not needed, one exp serves for both.
-        masses[i] = scale == 1.0f ? block_sums.sum : exp_sum(of_row.values(), of_row.size(), sums.maximum, scale);
+        masses[i] = scale == 1.0f
+                        ? block_sums.sum
+                        : exp_sum(of_row.values(), of_row.size(), of_row.order(), sums.maximum, scale);
     }
     if (!std::isfinite(sums.maximum) || !std::isfinite(sums.total)) {
         return {};

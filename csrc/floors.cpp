@@ -61,7 +61,7 @@ double sum_of_exp(const Tensor& values, int64_t repeats) {
     double total = 0.0;
     for (int64_t i = 0; i < repeats; ++i) {
         for (int64_t begin = 0; begin < values.size(0); begin += kBlockSize) {
-            total += exp_sum(start + begin, std::min(kBlockSize, values.size(0) - begin), 0.0f, 1.0f);
+            total += exp_sum(start + begin, std::min(kBlockSize, values.size(0) - begin), Order::kPaired, 0.0f, 1.0f);
         }
     }
     return total;

@@ -52,7 +52,7 @@ Distribution distribution(const Row& row, float scale, std::vector<double>& mass
         shift = std::max(shift, of_row.largest());
         shifts[i] = shift;
         if (of_row.largest() > -kInfinity) {
-            masses[i] = exp_sum(of_row.values(), of_row.size(), shift, scale, of_row.ahead());
+            masses[i] = exp_sum(of_row.values(), of_row.size(), of_row.order(), shift, scale, of_row.ahead());
         } else if (has_nan(of_row.values(), of_row.size())) {
             return {};
         } else {

@@ -59,7 +59,7 @@ inline BlockAndLargest load_block_and_largest(const Row& row, int64_t start, flo
     return {block, largest(block.values, block.size)};
 }
 
-// The blocks of a row in order, each with its largest logit.
+// The blocks of a row in order, each with its largest logit. Within a block values stand in order().
 class Blocks {
 public:
     explicit Blocks(const Row& row) : row_(row), current_(load_block_and_largest(row, 0, first_.values)) {}
@@ -70,6 +70,7 @@ public:
     int64_t start() const { return start_; }
     const float* values() const { return current_.block.values; }
     int64_t size() const { return current_.block.size; }
+    Order order() const { return row_.dtype == Dtype::kBFloat16 ? Order::kPaired : Order::kAsItLies; }
     float largest() const { return current_.largest; }
 
     // The next block, for a sum, which must load it; null where advance() has to.

@@ -158,6 +158,18 @@ def test_mixed_magnitudes_up_to_the_whole_range_of_fp32():
     assert one_row([-60000.0, 65504.0, 65504.0], 0.5, 0.2, torch.float16) == pytest.approx([1, 0.5, 1.0, 0.5], rel=1e-6)
 
 
+@pytest.mark.parametrize("centre", [0.0, -64.0], ids=["of both signs", "all negative"])
+@pytest.mark.parametrize("vocabulary", [1, 33, 1023, 2113])
+def test_equal_logits_give_equal_bits_in_every_dtype(vocabulary, centre):
+    # Halves below 128 are exact in each. A residual of target and draft in two dtypes would else be noise.
+    logits = (random_logits(6, vocabulary, seed=vocabulary) * 2).round() / 2 + centre
+    arguments = temperatures("mixed", 6), random_uniform(6, seed=vocabulary)
+    expected = draft_sample(logits, *arguments)
+    for dtype in (torch.bfloat16, torch.float16):
+        for actual, wanted in zip(draft_sample(logits.to(dtype), *arguments), expected, strict=True):
+            assert torch.equal(actual, wanted)
+
+
 def test_a_constant_added_to_all_logits_changes_nothing():
     # Multiples of 1/64 below 64 leave room for 4096 in fp32, so the differences stay exact.
     logits = (random_logits(8, 1023, seed=5) * 64).round() / 64
