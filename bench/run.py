@@ -62,9 +62,15 @@ def table(results):
     return drawn
 
 
+def stamp():
+    """Tells one writing of the results from another."""
+    return RESULTS.stat().st_mtime_ns if RESULTS.exists() else None
+
+
 if __name__ == "__main__":
+    before = stamp()
     status = run(sys.argv[1:])
-    if RESULTS.exists() and RESULTS.stat().st_size:
+    if stamp() != before and RESULTS.stat().st_size:  # else they are those of an earlier run
         results = json.loads(RESULTS.read_text())
         console = Console()
         console.width = max(console.width, 180)  # a table folded to 80 columns, as in a log, cannot be read
