@@ -55,11 +55,16 @@ class Llama:
         command = [python, "-c", LLAMA, str(embedded_gguf()), str(torch.get_num_threads()), str(tokens)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          stderr=subprocess.DEVNULL, text=True)
+        self(torch.ones(1, 1, dtype=torch.long))  # else what fails would fail after minutes of others
 
     def __call__(self, ids):
         self._process.stdin.write(json.dumps(ids[0].tolist()) + "\n")
         self._process.stdin.flush()
-        return tuple(json.loads(self._process.stdout.readline()))
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"llama.cpp ended with status {self._process.wait()} (-4 is an instruction that this "
+                             "machine refuses: build it with CMAKE_ARGS=-DGGML_NATIVE=OFF and the units it may use)")
+        return tuple(json.loads(answer))
 
     def close(self):
         self._process.stdin.close()
