@@ -94,18 +94,6 @@ SPECKV_AVX512 inline void load_pairs(const uint16_t* src, float* dst, __m512i& m
     _mm512_storeu_si512(dst + kLanes, _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
-// The conversion is an instruction, which GCC does not use by itself.
-SPECKV_AVX512 void load_float16_avx512(const uint16_t* src, int64_t size, float* dst) {
-    int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) {
-        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i));
-        _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(halves));
-    }
-    for (; i < size; ++i) {
-        dst[i] = float_from_float16(src[i]);
-    }
-}
-
 constexpr int16_t kLeastInt16 = std::numeric_limits<int16_t>::min();
 
 // The largest of loaded values from the largest of their bits as integers, which order floats that are not negative.
@@ -187,6 +175,18 @@ SPECKV_AVX512 ExpSums exp_sums_avx512(const float* values, int64_t size, float s
         next->largest = load_rest(next->src, ahead, next->size, next->dst, so_far);
     }
     return found;
+}
+
+// The conversion is an instruction, which GCC does not use by itself.
+SPECKV_AVX512 void load_float16_avx512(const uint16_t* src, int64_t size, float* dst) {
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) {
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i));
+        _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(halves));
+    }
+    for (; i < size; ++i) {
+        dst[i] = float_from_float16(src[i]);
+    }
 }
 #endif
 
