@@ -3,45 +3,43 @@
 #include <cmath>
 
 #include "simd.h"
-#include "tensors.h"
 
 namespace speckv {
 
-void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected) {
-    const auto sizes = tensor.sizes();
-    if (sizes.size() != expected.size()) {
-        refuse(op, name, " must have ", expected.size(), " dimensions, got ", sizes.size());
+void check_shape(const char* op, const char* name, const View& tensor, std::initializer_list<int64_t> expected) {
+    if (tensor.dim() != static_cast<int64_t>(expected.size())) {
+        refuse(op, name, " must have ", expected.size(), " dimensions, got ", tensor.dim());
     }
-    size_t axis = 0;
+    int64_t axis = 0;
     for (const int64_t size : expected) {
-        if (size != kAnySize && sizes[axis] != size) {
-            refuse(op, name, " must have size ", size, " in dimension ", axis, ", got ", sizes[axis]);
+        if (size != kAnySize && tensor.size(axis) != size) {
+            refuse(op, name, " must have size ", size, " in dimension ", axis, ", got ", tensor.size(axis));
         }
         ++axis;
     }
 }
 
-void check_float32(const char* op, const char* name, const Tensor& tensor) {
-    if (dtype_of(tensor) != aoti_torch_dtype_float32()) {
+void check_float32(const char* op, const char* name, const View& tensor) {
+    if (tensor.dtype != aoti_torch_dtype_float32()) {
         refuse(op, name, " must be float32");
     }
 }
 
-void check_int64(const char* op, const char* name, const Tensor& tensor) {
-    if (dtype_of(tensor) != aoti_torch_dtype_int64()) {
+void check_int64(const char* op, const char* name, const View& tensor) {
+    if (tensor.dtype != aoti_torch_dtype_int64()) {
         refuse(op, name, " must be int64");
     }
 }
 
-void check_floating(const char* op, const char* name, const Tensor& tensor) {
-    const int32_t dtype = dtype_of(tensor);
+void check_floating(const char* op, const char* name, const View& tensor) {
+    const int32_t dtype = tensor.dtype;
     if (dtype != aoti_torch_dtype_float32() && dtype != aoti_torch_dtype_float16() &&
         dtype != aoti_torch_dtype_bfloat16()) {
         refuse(op, name, " must be float32, float16 or bfloat16");
     }
 }
 
-void check_logits(const char* op, const char* name, const Tensor& logits) {
+void check_logits(const char* op, const char* name, const View& logits) {
     check_floating(op, name, logits);
     const int64_t last = logits.dim() - 1;
     if (logits.size(last) < 1) {

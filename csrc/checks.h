@@ -2,18 +2,15 @@
 
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 
 #include "rows.h"
+#include "views.h"
 
 namespace speckv {
-
-using torch::stable::Tensor;
 
 // STD_TORCH_CHECK would put a C++ function, file and line before the sentence that the caller is to read.
 template <class... Words>
@@ -26,13 +23,13 @@ template <class... Words>
 
 constexpr int64_t kAnySize = -1;
 
-void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected);
-void check_float32(const char* op, const char* name, const Tensor& tensor);
-void check_int64(const char* op, const char* name, const Tensor& tensor);
+void check_shape(const char* op, const char* name, const View& tensor, std::initializer_list<int64_t> expected);
+void check_float32(const char* op, const char* name, const View& tensor);
+void check_int64(const char* op, const char* name, const View& tensor);
 // A dtype that load_block reads.
-void check_floating(const char* op, const char* name, const Tensor& tensor);
+void check_floating(const char* op, const char* name, const View& tensor);
 // A dtype that load_block reads, at least one token, unit stride along the vocabulary.
-void check_logits(const char* op, const char* name, const Tensor& logits);
+void check_logits(const char* op, const char* name, const View& logits);
 
 // temperature [rows] finite and >= 0, uniform [rows, columns] in [0, 1).
 void check_sampling_values(

@@ -5,7 +5,7 @@
 
 #include "attention.h"
 #include "checks.h"
-#include "tensors.h"
+#include "views.h"
 
 namespace speckv {
 namespace {

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <tuple>
 
+#include "ops.h"
+
 namespace speckv {
 namespace {
 
@@ -92,8 +94,7 @@ DraftSample draft_sample_row(const Row& row, float temperature, float uniform, c
 }
 
 void check_draft_sample(
-    const char* op, const Tensor& logits, const Tensor& temperature, const Tensor& uniform,
-    const FilterTensors& filters) {
+    const char* op, const View& logits, const View& temperature, const View& uniform, const FilterTensors& filters) {
     check_shape(op, "logits", logits, {kAnySize, kAnySize});
     check_logits(op, "logits", logits);
     check_shape(op, "temperature", temperature, {logits.size(0)});
@@ -103,21 +104,22 @@ void check_draft_sample(
     filters.check(op, logits.size(0));
 }
 
-DraftSampleOutputs draft_sample_rows(
-    const char* op, const Logits& logits, const float* temperature, const float* uniform,
-    const FilterTensors& filters, int64_t rows) {
-    check_sampling_values(op, temperature, uniform, rows, 1);
+Uncertainty draft_sample_rows(
+    const char* op, const View& logits, const View& temperature, const View& uniform, const FilterTensors& filters,
+    Outputs& outputs) {
+    const int64_t rows = logits.size(0);
+    const Array<float> temperatures(temperature), uniforms(uniform);
+    check_sampling_values(op, temperatures.data(), uniforms.data(), rows, 1);
     const std::vector<Filters> row_filters = filters_of_rows(op, filters, rows);
 
-    DraftSampleOutputs outputs{
-        empty_int64<1>({rows}), empty_float32<1>({rows}), empty_float32<1>({rows}), empty_float32<1>({rows})};
-    auto* token = mutable_data<int64_t>(outputs.token);
-    auto* prob = mutable_data<float>(outputs.prob);
-    auto* entropy = mutable_data<float>(outputs.entropy);
-    auto* confidence = mutable_data<float>(outputs.confidence);
-    for_each_row(rows, logits.vocabulary, [&](int64_t i) {
+    const Logits all = as_logits(logits);
+    int64_t* const token = outputs.add_int64({rows});
+    float* const prob = outputs.add_float32({rows});
+    float* const entropy = outputs.add_float32({rows});
+    float* const confidence = outputs.add_float32({rows});
+    for_each_row(rows, all.vocabulary, [&](int64_t i) {
         const DraftSample drafted = draft_sample_row(
-            logits.row(i), temperature[i], uniform[i], filters_of(row_filters, i));
+            all.row(i), temperatures[i], uniforms[i], filters_of(row_filters, i));
         token[i] = drafted.is_valid ? drafted.token : -1;
         prob[i] = drafted.prob;
         entropy[i] = drafted.entropy;
@@ -125,31 +127,33 @@ DraftSampleOutputs draft_sample_rows(
     });
     for (int64_t i = 0; i < rows; ++i) {
         if (token[i] < 0) {
-            refuse(op, "row ", i, ": ", reason(logits.row(i)));
+            refuse(op, "row ", i, ": ", reason(all.row(i)));
         }
     }
-    return outputs;
+    return {entropy, confidence};
+}
+
+void draft_sample(
+    const View& logits, const View& temperature, const View& uniform, const FilterTensors& filters,
+    Outputs& outputs) {
+    check_draft_sample("draft_sample", logits, temperature, uniform, filters);
+    draft_sample_rows("draft_sample", logits, temperature, uniform, filters, outputs);
 }
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> draft_sample(
+std::tuple<Tensor, Tensor, Tensor, Tensor> dispatched(
     const Tensor& logits, const Tensor& temperature, const Tensor& uniform, const std::optional<Tensor>& top_k,
     const std::optional<Tensor>& top_p, const std::optional<Tensor>& min_p) {
-    const FilterTensors filters{top_k, top_p, min_p};
-    check_draft_sample("draft_sample", logits, temperature, uniform, filters);
-    const Tensor temperatures = as_contiguous(temperature);
-    const Tensor uniforms = as_contiguous(uniform);
-    DraftSampleOutputs outputs = draft_sample_rows(
-        "draft_sample", as_logits(logits), data<float>(temperatures), data<float>(uniforms), filters,
-        logits.size(0));
-    return {outputs.token, outputs.prob, outputs.entropy, outputs.confidence};
+    TensorOutputs<4> outputs;
+    draft_sample(logits, temperature, uniform, {top_k, top_p, min_p}, outputs);
+    return outputs.as_tuple();
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(speckv, CPU, m) {
-    m.impl("draft_sample", TORCH_BOX(&draft_sample));
+    m.impl("draft_sample", TORCH_BOX(&dispatched));
 }
 
 }  // namespace speckv

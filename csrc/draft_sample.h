@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "checks.h"
-#include "tensors.h"
 #include "threshold.h"
+#include "views.h"
 
 namespace speckv {
 
@@ -22,18 +22,16 @@ struct DraftSample {
 DraftSample draft_sample_row(const Row& row, float temperature, float uniform, const Filters& filters);
 
 void check_draft_sample(
-    const char* op, const Tensor& logits, const Tensor& temperature, const Tensor& uniform,
-    const FilterTensors& filters);
+    const char* op, const View& logits, const View& temperature, const View& uniform, const FilterTensors& filters);
 
-struct DraftSampleOutputs {
-    Tensor token;
-    Tensor prob;
-    Tensor entropy;
-    Tensor confidence;
+struct Uncertainty {
+    const float* entropy;     // [rows]
+    const float* confidence;  // [rows]
 };
-// Validates values, then fills [B] outputs; raises naming the first bad row.
-DraftSampleOutputs draft_sample_rows(
-    const char* op, const Logits& logits, const float* temperature, const float* uniform,
-    const FilterTensors& filters, int64_t rows);
+// Validates values, then adds and fills draft_sample's outputs; raises naming the first bad row. What it returns lies
+// in the outputs.
+Uncertainty draft_sample_rows(
+    const char* op, const View& logits, const View& temperature, const View& uniform, const FilterTensors& filters,
+    Outputs& outputs);
 
 }  // namespace speckv

@@ -7,8 +7,8 @@
 #include <cstring>
 
 #include "checks.h"
-#include "tensors.h"
 #include "units.h"
+#include "views.h"
 
 namespace speckv {
 namespace {

@@ -7,7 +7,7 @@
 #include "checks.h"
 #include "linear_int8.h"
 #include "prefetch.h"
-#include "tensors.h"
+#include "views.h"
 
 namespace speckv {
 namespace {

@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "tensors.h"
+#include "views.h"
 
 namespace speckv {
 namespace {
@@ -72,7 +72,7 @@ int64_t plan_gamma_row(const Controller& controller, const float* signals, float
 }
 
 void check_controller(
-    const char* op, const Tensor& signals, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
+    const char* op, const View& signals, const View& w1, const View& b1, const View& w2, const View& b2) {
     check_shape(op, "signals", signals, {kAnySize, kAnySize});
     const int64_t features = signals.size(1);
     if (features < 5) {
@@ -99,10 +99,9 @@ void check_rate(const char* op, double rate) {
     }
 }
 
-void check_plan_gamma(
-    const char* op, const Tensor& signals, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
-    const Tensor& gammas, const Tensor& seconds, double rate) {
-    check_controller(op, signals, w1, b1, w2, b2);
+void check_plan_gamma(const char* op, const View& signals, const ControllerViews& controller) {
+    const View &gammas = controller.gammas, &seconds = controller.seconds;
+    check_controller(op, signals, controller.w1, controller.b1, controller.w2, controller.b2);
     check_float32(op, "seconds", seconds);
     check_shape(op, "gammas", gammas, {kAnySize});
     check_int64(op, "gammas", gammas);
@@ -110,22 +109,17 @@ void check_plan_gamma(
         refuse(op, "gammas must name at least one candidate");
     }
     check_shape(op, "seconds", seconds, {gammas.size(0)});
-    check_rate(op, rate);
+    check_rate(op, controller.rate);
 }
 
-Controller ControllerTensors::controller(double rate) const {
-    return {
-        data<float>(w1), data<float>(b1), data<float>(w2), data<float>(b2), data<int64_t>(gammas), data<float>(seconds),
-        w1.size(0) - 1,  w1.size(1),      gammas.size(0),  static_cast<float>(rate),
-    };
-}
+ControllerArrays::ControllerArrays(const ControllerViews& views)
+    : views_(views), w1_(views.w1), b1_(views.b1), w2_(views.w2), b2_(views.b2), gammas_(views.gammas),
+      seconds_(views.seconds) {}
 
-ControllerTensors as_contiguous(
-    const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& gammas,
-    const Tensor& seconds) {
+Controller ControllerArrays::controller() const {
     return {
-        as_contiguous(w1), as_contiguous(b1),     as_contiguous(w2),
-        as_contiguous(b2), as_contiguous(gammas), as_contiguous(seconds),
+        w1_.data(), b1_.data(), w2_.data(), b2_.data(), gammas_.data(), seconds_.data(), views_.w1.size(0) - 1,
+        views_.w1.size(1), views_.gammas.size(0), static_cast<float>(views_.rate),
     };
 }
 
@@ -147,28 +141,31 @@ void plan_gamma_rows(
     }
 }
 
+void plan_gamma(const View& signals, const ControllerViews& views, Outputs& outputs) {
+    check_plan_gamma("plan_gamma", signals, views);
+    const ControllerArrays arrays(views);
+    const Controller controller = arrays.controller();
+    const Array<float> rows_of_signals(signals);
+    const int64_t rows = signals.size(0);
+    int64_t* const gamma = outputs.add_int64({rows});
+    float* const acceptance = outputs.add_float32({rows, controller.candidates});
+    plan_gamma_rows("plan_gamma", controller, rows_of_signals.data(), rows, gamma, acceptance);
+}
+
 namespace {
 
-std::tuple<Tensor, Tensor> plan_gamma(
+std::tuple<Tensor, Tensor> dispatched(
     const Tensor& signals, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& gammas,
     const Tensor& seconds, double rate) {
-    check_plan_gamma("plan_gamma", signals, w1, b1, w2, b2, gammas, seconds, rate);
-    const ControllerTensors tensors = as_contiguous(w1, b1, w2, b2, gammas, seconds);
-    const Controller controller = tensors.controller(rate);
-    const Tensor rows_of_signals = as_contiguous(signals);
-    const int64_t rows = signals.size(0);
-    Tensor gamma = empty_int64<1>({rows});
-    Tensor acceptance = empty_float32<2>({rows, controller.candidates});
-    plan_gamma_rows(
-        "plan_gamma", controller, data<float>(rows_of_signals), rows, mutable_data<int64_t>(gamma),
-        mutable_data<float>(acceptance));
-    return {gamma, acceptance};
+    TensorOutputs<2> outputs;
+    plan_gamma(signals, {w1, b1, w2, b2, gammas, seconds, rate}, outputs);
+    return outputs.as_tuple();
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(speckv, CPU, m) {
-    m.impl("plan_gamma", TORCH_BOX(&plan_gamma));
+    m.impl("plan_gamma", TORCH_BOX(&dispatched));
 }
 
 }  // namespace speckv

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "checks.h"
+#include "ops.h"
 
 namespace speckv {
 
@@ -29,22 +30,23 @@ void update_signals(float* signals, int64_t drafted, float entropy, float confid
 int64_t plan_gamma_row(const Controller& controller, const float* signals, float* acceptance);
 
 void check_controller(
-    const char* op, const Tensor& signals, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2);
+    const char* op, const View& signals, const View& w1, const View& b1, const View& w2, const View& b2);
 void check_rate(const char* op, double rate);
 
-void check_plan_gamma(
-    const char* op, const Tensor& signals, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
-    const Tensor& gammas, const Tensor& seconds, double rate);
+void check_plan_gamma(const char* op, const View& signals, const ControllerViews& controller);
 
-// The controller's tensors made contiguous; keeps them alive while their pointers are used.
-struct ControllerTensors {
-    Tensor w1, b1, w2, b2, gammas, seconds;
+// A controller whose inputs have been checked, as arrays.
+class ControllerArrays {
+public:
+    explicit ControllerArrays(const ControllerViews& views);
+    Controller controller() const;
 
-    Controller controller(double rate) const;
+private:
+    const ControllerViews& views_;
+    Array<float> w1_, b1_, w2_, b2_;
+    Array<int64_t> gammas_;
+    Array<float> seconds_;
 };
-ControllerTensors as_contiguous(
-    const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& gammas,
-    const Tensor& seconds);
 
 // Validates values, then fills gamma [rows] and acceptance [rows, candidates]; raises naming the first bad row.
 void plan_gamma_rows(

@@ -1,4 +1,4 @@
-// From tensors to the raw pointers that the compute functions take.
+// libtorch's tensors without the dispatcher.
 
 #pragma once
 
@@ -8,9 +8,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
-
-#include "rows.h"
 
 namespace speckv {
 
@@ -62,51 +61,6 @@ Tensor empty_float32(const std::array<int64_t, N>& sizes) {
 template <size_t N>
 Tensor empty_int64(const std::array<int64_t, N>& sizes) {
     return empty(sizes, aoti_torch_dtype_int64());
-}
-
-// Rows of logits [..., V], addressed by the strides of the leading dimensions.
-struct Logits {
-    const std::byte* start;
-    Dtype dtype;
-    int64_t vocabulary;
-    std::array<int64_t, 2> stride_bytes;  // of the dimensions before the last; the second is 0 where there is one
-
-    Row row(int64_t index, int64_t position = 0) const {
-        return {start + index * stride_bytes[0] + position * stride_bytes[1], dtype, vocabulary};
-    }
-};
-
-inline Logits as_logits(const Tensor& tensor) {
-    const int32_t number = dtype_of(tensor);
-    const Dtype dtype = number == aoti_torch_dtype_float32()   ? Dtype::kFloat32
-                        : number == aoti_torch_dtype_float16() ? Dtype::kFloat16
-                                                               : Dtype::kBFloat16;
-    const int64_t bytes = element_bytes(dtype);
-    const int64_t last = tensor.dim() - 1;
-    return {
-        data<std::byte>(tensor),
-        dtype,
-        tensor.size(last),
-        {tensor.stride(0) * bytes, last > 1 ? tensor.stride(1) * bytes : 0},
-    };
-}
-
-// Calls compute(row) for each row: in this thread for a single row, otherwise one thread a row, in chunks that are
-// worth waking a thread for. A row is always computed by one thread, so results do not depend on how many there are.
-template <class Compute>
-void for_each_row(int64_t rows, int64_t elements_per_row, const Compute& compute) {
-    constexpr int64_t kElementsPerThread = 32768;
-    const auto run = [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-            compute(row);
-        }
-    };
-    const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, elements_per_row));
-    if (rows <= grain) {
-        run(0, rows);
-    } else {
-        torch::stable::parallel_for(0, rows, grain, run);
-    }
 }
 
 }  // namespace speckv

@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "bits.h"
-#include "tensors.h"
+#include "views.h"
 
 namespace speckv {
 namespace {
@@ -268,21 +268,21 @@ std::vector<Filters> filters_of_rows(const char* op, const FilterTensors& tensor
     }
     std::vector<Filters> filters(rows);
     if (tensors.top_k) {
-        const Tensor top_k = as_contiguous(*tensors.top_k);
+        const Array<int64_t> top_k(*tensors.top_k);
         for (int64_t row = 0; row < rows; ++row) {
-            filters[row].top_k = data<int64_t>(top_k)[row];
+            filters[row].top_k = top_k[row];
             if (filters[row].top_k < 0) {
                 refuse(op, "row ", row, ": top_k must be >= 0");
             }
         }
     }
-    const auto read_share = [&](const std::optional<Tensor>& tensor, const char* name, float Filters::*share) {
+    const auto read_share = [&](const std::optional<View>& tensor, const char* name, float Filters::*share) {
         if (!tensor) {
             return;
         }
-        const Tensor shares = as_contiguous(*tensor);
+        const Array<float> shares(*tensor);
         for (int64_t row = 0; row < rows; ++row) {
-            const float value = data<float>(shares)[row];
+            const float value = shares[row];
             if (!(value >= 0 && value <= 1)) {
                 refuse(op, "row ", row, ": ", name, " must be in [0, 1]");
             }

@@ -54,9 +54,9 @@ class FilteredDistribution {
 
 // Filters as an op is given them, for each row; a tensor left out is off in all rows.
 struct FilterTensors {
-    std::optional<Tensor> top_k;  // [rows] i64
-    std::optional<Tensor> top_p;  // [rows] f32
-    std::optional<Tensor> min_p;  // [rows] f32
+    std::optional<View> top_k;  // [rows] i64
+    std::optional<View> top_p;  // [rows] f32
+    std::optional<View> min_p;  // [rows] f32
 
     void check(const char* op, int64_t rows) const;
 };

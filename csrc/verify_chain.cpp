@@ -4,8 +4,9 @@
 #include <vector>
 
 #include "checks.h"
-#include "tensors.h"
+#include "ops.h"
 #include "threshold.h"
+#include "views.h"
 
 namespace speckv {
 namespace {
@@ -117,8 +118,8 @@ Verified verify(const Chain& chain) {
 }
 
 void check_verify_chain(
-    const char* op, const Tensor& target_logits, const Tensor& draft_logits, const Tensor& draft_tokens,
-    const Tensor& num_draft, const Tensor& temperature, const Tensor& uniform, const FilterTensors& filters) {
+    const char* op, const View& target_logits, const View& draft_logits, const View& draft_tokens,
+    const View& num_draft, const View& temperature, const View& uniform, const FilterTensors& filters) {
     check_shape(op, "target_logits", target_logits, {kAnySize, kAnySize, kAnySize});
     const int64_t batch = target_logits.size(0);
     const int64_t width = target_logits.size(1);
@@ -166,53 +167,45 @@ void check_draft_values(
     }
 }
 
-std::tuple<Tensor, Tensor> verify_chain(
-    const Tensor& target_logits, const Tensor& draft_logits, const Tensor& draft_tokens, const Tensor& num_draft,
-    const Tensor& temperature, const Tensor& uniform, const std::optional<Tensor>& top_k,
-    const std::optional<Tensor>& top_p, const std::optional<Tensor>& min_p) {
+}  // namespace
+
+void verify_chain(
+    const View& target_logits, const View& draft_logits, const View& draft_tokens, const View& num_draft,
+    const View& temperature, const View& uniform, const FilterTensors& filters, Outputs& outputs) {
     const char* op = "verify_chain";
-    const FilterTensors filters{top_k, top_p, min_p};
     check_verify_chain(op, target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform, filters);
     const int64_t batch = target_logits.size(0);
     const int64_t width = target_logits.size(1);
     const int64_t max_draft = width - 1;
-    const Tensor draft_ids = as_contiguous(draft_tokens);
-    const Tensor draft_counts = as_contiguous(num_draft);
-    const Tensor temperatures = as_contiguous(temperature);
-    const Tensor uniforms = as_contiguous(uniform);
-    const auto* ids = data<int64_t>(draft_ids);
-    const auto* counts = data<int64_t>(draft_counts);
-    const auto* temperature_data = data<float>(temperatures);
-    const auto* uniform_data = data<float>(uniforms);
+    const Array<int64_t> ids(draft_tokens), counts(num_draft);
+    const Array<float> temperatures(temperature), uniforms(uniform);
     const Logits target = as_logits(target_logits);
     const Logits draft = as_logits(draft_logits);
-    check_sampling_values(op, temperature_data, uniform_data, batch, width);
+    check_sampling_values(op, temperatures.data(), uniforms.data(), batch, width);
     const std::vector<Filters> row_filters = filters_of_rows(op, filters, batch);
-    check_draft_values(op, ids, counts, batch, max_draft, target.vocabulary);
+    check_draft_values(op, ids.data(), counts.data(), batch, max_draft, target.vocabulary);
 
-    Tensor tokens = empty_int64<2>({batch, width});
-    Tensor accepted = empty_int64<1>({batch});
-    auto* tokens_data = mutable_data<int64_t>(tokens);
-    auto* accepted_data = mutable_data<int64_t>(accepted);
+    int64_t* const tokens = outputs.add_int64({batch, width});
+    int64_t* const accepted = outputs.add_int64({batch});
     std::vector<Problem> problems(batch);
     for_each_row(batch, width * target.vocabulary, [&](int64_t row) {
-        const int64_t* row_ids = ids + row * max_draft;
-        const float* row_uniform = uniform_data + row * width;
+        const int64_t* row_ids = ids.data() + row * max_draft;
+        const float* row_uniform = uniforms.data() + row * width;
         const Chain chain{
             target,
             draft,
             row,
             row_ids,
             count_proposed(row_ids, counts[row]),
-            temperature_data[row],
+            temperatures[row],
             filters_of(row_filters, row),
             row_uniform,
             row_uniform[counts[row]],
         };
         const Verified verified = verify(chain);
         problems[row] = verified.problem;
-        accepted_data[row] = verified.accepted;
-        int64_t* row_tokens = tokens_data + row * width;
+        accepted[row] = verified.accepted;
+        int64_t* row_tokens = tokens + row * width;
         std::copy(row_ids, row_ids + verified.accepted, row_tokens);
         row_tokens[verified.accepted] = verified.next_token;
         std::fill(row_tokens + verified.accepted + 1, row_tokens + width, int64_t{-1});
@@ -220,7 +213,7 @@ std::tuple<Tensor, Tensor> verify_chain(
     for (const Problem problem : {Problem::kTarget, Problem::kDraft}) {
         for (int64_t row = 0; row < batch; ++row) {
             if (problems[row] == problem) {
-                const int64_t position = accepted_data[row];
+                const int64_t position = accepted[row];
                 const bool is_target = problem == Problem::kTarget;
                 refuse(
                     op, "row ", row, ", position ", position, is_target ? ": target logits: " : ": draft logits: ",
@@ -228,13 +221,24 @@ std::tuple<Tensor, Tensor> verify_chain(
             }
         }
     }
-    return {tokens, accepted};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> dispatched(
+    const Tensor& target_logits, const Tensor& draft_logits, const Tensor& draft_tokens, const Tensor& num_draft,
+    const Tensor& temperature, const Tensor& uniform, const std::optional<Tensor>& top_k,
+    const std::optional<Tensor>& top_p, const std::optional<Tensor>& min_p) {
+    TensorOutputs<2> outputs;
+    verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform, {top_k, top_p, min_p},
+                 outputs);
+    return outputs.as_tuple();
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(speckv, CPU, m) {
-    m.impl("verify_chain", TORCH_BOX(&verify_chain));
+    m.impl("verify_chain", TORCH_BOX(&dispatched));
 }
 
 }  // namespace speckv

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch._C._autograd import _profiler_enabled as _is_profiling
 
 from speckv.kernels import checks, reference
 
@@ -32,6 +33,7 @@ SCHEMAS = {
     "decode_attention": "(Tensor query, Tensor key, Tensor value, float scale) -> Tensor",
 }
 TRITON_OPS = ("draft_sample", "plan_gamma", "draft_step", "verify_chain")  # the others run in the reference on a GPU
+SHORT_WAY_OPS = TRITON_OPS  # the C++ extension has them as plain functions, too
 BACKENDS = ("reference", "triton", "cpu")
 VECTOR_UNITS = ("plain", "avx2", "avx512", "bf16", "amx")  # each has what those before it have, see csrc/units.h
 BUILD_ADVICE = "build it with 'pip install --no-build-isolation -e .' in the source tree (needs a C++17 compiler)"
@@ -110,19 +112,16 @@ def _extension_file():
 
 
 def _load_extension():
-    """Load the C++ kernels; returns None, or why it could not be done. Raises ImportError where SPECKV_UNITS asks for
-    what they, or this machine, do not have."""
-    file = _extension_file()
-    if file is None:
-        return f"the C++ extension is not built: {BUILD_ADVICE}"
+    """The C++ kernels, loaded, and None; or None and why that could not be done. Raises ImportError where SPECKV_UNITS
+    asks for what they, or this machine, do not have."""
+    if _extension_file() is None:
+        return None, f"the C++ extension is not built: {BUILD_ADVICE}"
     try:
-        torch.ops.load_library(str(file))
-    except OSError as error:
-        return f"the C++ extension does not load ({error}): {BUILD_ADVICE}"
-    if not hasattr(torch.ops.speckv, "vector_units"):
-        return f"the C++ extension was built from an older source: {BUILD_ADVICE}"
+        extension = importlib.import_module("speckv.kernels._C")
+    except ImportError as error:
+        return None, f"the C++ extension does not load, or was built from an older source ({error}): {BUILD_ADVICE}"
     vector_units()
-    return None
+    return extension, None
 
 
 def vector_units():
@@ -148,6 +147,7 @@ def _refuse_gpu(*args):
 
 
 def _register():
+    """Defines the ops and their backends; returns the C++ extension, or None where it does not serve."""
     for name, schema in SCHEMAS.items():
         _library.define(name + schema)
         _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
@@ -159,17 +159,17 @@ def _register():
     why_forced = f"SPECKV_BACKEND={forced}"
     if forced == "reference":
         _serving.update(cpu=("reference", why_forced), cuda=("reference", why_forced))
-        return
+        return None
     if forced == "triton":
         if why := _why_no_triton():
             raise ImportError(f"SPECKV_BACKEND=triton: {why}")
         _serve_triton("CPU")
         _serve_triton("CUDA")
         _serving.update(cpu=("triton", why_forced), cuda=("triton", why_forced))
-        return
+        return None
 
-    why = _load_extension()
-    if why is None:
+    extension, why = _load_extension()
+    if extension is not None:
         why = why_forced if forced else "the C++ extension is loaded"
         _serving["cpu"] = ("cpu", f"{why}, its {vector_units()} loops")
     elif forced == "cpu":
@@ -186,6 +186,7 @@ def _register():
     else:
         _serve_triton("CUDA")
         _serving["cuda"] = ("triton", "Triton is installed")
+    return extension
 
 
 def serving():
@@ -196,9 +197,33 @@ def serving():
     return dict(_serving)
 
 
-_register()
-# The overloads themselves: finding the only one there is takes 0.6 µs a call.
-_calls = SimpleNamespace(**{name: getattr(torch.ops.speckv, name).default for name in SCHEMAS})
+def _short_way(native, overload):
+    """overload, but by way of the extension's plain function where nobody could tell: it takes half the time of
+    PyTorch's dispatcher. Compilers, tracers, modes and profilers are to see the op. The function returns None, and the
+    dispatcher has its turn, unless it is given CPU tensors of exactly the type torch.Tensor with unit stride in the
+    last dimension. Its outputs never require a gradient; no op has one.
+    """
+    is_compiling, is_tracing, is_profiling = torch.compiler.is_compiling, torch._C._is_tracing, _is_profiling
+    dispatch_modes, function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+
+    def call(*args):
+        if is_compiling() or is_tracing() or dispatch_modes() or function_modes() or is_profiling():
+            return overload(*args)
+        outputs = native(*args)
+        return overload(*args) if outputs is None else outputs
+    return call
+
+
+def _calls_by_name(extension):
+    """What the functions below call."""
+    # The overloads themselves: finding the only one there is takes 0.6 µs a call.
+    calls = {name: getattr(torch.ops.speckv, name).default for name in SCHEMAS}
+    if extension is not None and extension.open(torch.Tensor):  # a PyTorch that lends its tensors
+        calls.update({name: _short_way(getattr(extension, name), calls[name]) for name in SHORT_WAY_OPS})
+    return SimpleNamespace(**calls)
+
+
+_calls = _calls_by_name(_register())
 
 
 def draft_sample(logits, temperature, uniform, top_k=None, top_p=None, min_p=None):

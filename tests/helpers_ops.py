@@ -145,6 +145,24 @@ def random_attention(batch, heads, groups, tokens, positions, key_size, value_si
     return {"query": query, "key": key, "value": value, "scale": key_size ** -0.5}
 
 
+def values_of(op, seed=0, rows=7, vocabulary=1023):
+    """Inputs of any of the ops, by name."""
+    if op == "verify_chain":
+        return random_chain((rows, 3, vocabulary), seed=seed)
+    if op == "linear_int8":
+        return {**random_linear(rows, 300, vocabulary), "x": random_linear(rows, 300, 1, seed=seed)["x"]}
+    w1, b1, w2, b2 = random_controller(5, seed=0)
+    draft = {"logits": random_logits(rows, vocabulary, seed=seed), "temperature": temperatures("mixed", rows),
+             "uniform": random_uniform(rows, seed=seed)}
+    plan = {"signals": random_signals(rows, seed=seed), "w1": w1, "b1": b1, "w2": w2, "b2": b2,
+            "gammas": torch.tensor([2, 4, 6, 8]), "seconds": torch.tensor([1.0, 1.3, 1.6, 1.9])}
+    if op == "draft_sample":
+        return draft
+    if op == "plan_gamma":
+        return plan
+    return {**draft, **plan, "drafted": torch.arange(rows) % 3}
+
+
 def share_of_uniforms(holds, rows):
     """For each row, the share of [0, 1) from 0 up on which holds(uniform [rows]) is False, by bisection."""
     low, high = torch.zeros(rows, dtype=torch.int64), torch.full((rows,), 2**GRID_BITS)

@@ -7,14 +7,8 @@ from helpers_ops import (
     INTERPRETED,
     call,
     poisoned,
-    random_chain,
-    random_controller,
-    random_linear,
-    random_logits,
-    random_signals,
-    random_uniform,
     same_bits,
-    temperatures,
+    values_of,
 )
 
 ROWS = 7
@@ -22,23 +16,6 @@ OPS = ["draft_sample", "plan_gamma", "draft_step", "verify_chain", pytest.param(
     BACKEND != "cpu", reason="the reference is PyTorch's matrix product, which may sum in any order"))]
 each_op = pytest.mark.parametrize("op", OPS)
 SHARED = {"w1", "b1", "w2", "b2", "gammas", "seconds", "weight", "scale"}  # of no row in particular
-
-
-def values_of(op, seed=0, rows=ROWS, vocabulary=1023):
-    if op == "verify_chain":
-        return random_chain((rows, 3, vocabulary), seed=seed)
-    if op == "linear_int8":
-        return {**random_linear(rows, 300, vocabulary), "x": random_linear(rows, 300, 1, seed=seed)["x"]}
-    w1, b1, w2, b2 = random_controller(5, seed=0)
-    draft = {"logits": random_logits(rows, vocabulary, seed=seed), "temperature": temperatures("mixed", rows),
-             "uniform": random_uniform(rows, seed=seed)}
-    plan = {"signals": random_signals(rows, seed=seed), "w1": w1, "b1": b1, "w2": w2, "b2": b2,
-            "gammas": torch.tensor([2, 4, 6, 8]), "seconds": torch.tensor([1.0, 1.3, 1.6, 1.9])}
-    if op == "draft_sample":
-        return draft
-    if op == "plan_gamma":
-        return plan
-    return {**draft, **plan, "drafted": torch.arange(rows) % 3}
 
 
 def select_rows(values, rows):
