@@ -5,6 +5,8 @@ varies, varies alone: vocabulary, dtype, batch and temperature of draft_sample a
 """
 
 import functools
+import statistics
+import timeit
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ DRAFTS = [
 CHAINS = [(8, CHAIN_VOCABULARY), *((gamma, SMALL_VOCABULARY) for gamma in (1, 4, 8, 16))]
 STOPS = ("first", "middle", "none")  # where the draft is rejected
 CONTROLLER_UNITS = 16
+SECONDS, ROUND_SECONDS, MIN_ROUNDS = 0.4, 0.002, 5
 UNCHECKED = ("sampling_values", "logit_values", "filter_values", "draft_values", "verified_values", "acceptance_values",
              "seconds_values")
 
@@ -68,12 +71,16 @@ def measure(benchmark, group, name, function, args, expected, read_bytes=0, exps
 
 
 def time_beside_exp(benchmark, function, args, group, **info):
-    """How fast exp is just before and just after counts, the faster of the two: a core of a shared machine may be half
-    as fast as it was a minute ago."""
-    before = measure_exp()
+    """Times function(*args) for SECONDS, and how fast exp is between one ROUND_SECONDS and the next: a core of a shared
+    machine may be half as fast as it was a second ago, and then both are."""
+    seconds = min(timeit.repeat(lambda: function(*args), number=1, repeat=10))
+    iterations = max(1, round(ROUND_SECONDS / seconds))
+    rounds = max(MIN_ROUNDS, round(SECONDS / (iterations * seconds)))
+    exps = []
     benchmark.group = group
-    benchmark(function, *args)
-    benchmark.extra_info.update(info, threads=1, exp=max(before, measure_exp()))
+    benchmark.pedantic(function, args, iterations=iterations, rounds=rounds, warmup_rounds=2,
+                       teardown=lambda *args: exps.append(measure_exp(passes=500, repeats=3)))
+    benchmark.extra_info.update(info, threads=1, exp=statistics.median(exps))
 
 
 @pytest.mark.parametrize("mode, dtype, rows, vocabulary", DRAFTS)

@@ -26,8 +26,7 @@ BASELINES = ("reference", "torch.compile", "transformers", "sklearn", "bf16", "u
 def run(arguments):
     RESULTS.parent.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "pytest", "bench_ops.py", "-q", "--no-header", "-p", "no:cacheprovider",
-               "--benchmark-disable-gc", "--benchmark-quiet", "--benchmark-max-time=0.4", "--benchmark-warmup=on",
-               "--benchmark-warmup-iterations=20", f"--benchmark-json={RESULTS}", "-r", "fE", *arguments]
+               "--benchmark-disable-gc", "--benchmark-quiet", f"--benchmark-json={RESULTS}", "-r", "fE", *arguments]
     return subprocess.run(command, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
 
 

@@ -11,21 +11,60 @@ namespace speckv {
 namespace {
 
 // Sums over the blocks read so far, against the largest logit among them.
-struct RunningSums {
-    float maximum = -kInfinity;
-    int64_t maximum_start = 0;  // where the first block that holds the maximum starts
-    double total = 0.0;         // of e = exp(x - maximum)
-    double weighted = 0.0;      // of (x - maximum) * e
+class RunningSums {
+public:
+    float maximum() const { return maximum_; }
+    int64_t maximum_start() const { return maximum_start_; }
+    double total() const { return total_; }        // of e = exp(x - maximum)
+    double weighted() const { return weighted_; }  // of (x - maximum) * e
 
     void raise_maximum(float raised, int64_t start) {
-        if (total > 0) {
-            const double change = static_cast<double>(maximum) - raised;
-            weighted = (weighted + change * total) * std::exp(change);
-            total *= std::exp(change);
+        add_up();
+        if (total_ > 0) {
+            const double change = static_cast<double>(maximum_) - raised;
+            const double factor = std::exp(change);
+            weighted_ = (weighted_ + change * total_) * factor;
+            total_ *= factor;
         }
-        maximum = raised;
-        maximum_start = start;
+        maximum_ = raised;
+        maximum_start_ = start;
     }
+
+    // Adds a block and loads the next, and leaves it for add_up() to see what they come to.
+    void add(const Blocks& block, Ahead* next) {
+        add_exp_parts(block.values(), block.size(), block.order(), maximum_, next, parts_);
+        if (++blocks_ == kMostBlocks) {
+            add_up();
+        }
+    }
+
+    // Adds a block, loads the next, and returns the block's own total.
+    float add_alone(const Blocks& block, Ahead* next) {
+        const ExpSums sums = exp_sums(block.values(), block.size(), block.order(), maximum_, next);
+        total_ += sums.sum;
+        weighted_ += sums.weighted;
+        return sums.sum;
+    }
+
+    void add_up() {
+        if (blocks_ > 0) {
+            const ExpSums sums = sum_of_parts(parts_);
+            total_ += sums.sum;
+            weighted_ += sums.weighted;
+            parts_ = {};
+            blocks_ = 0;
+        }
+    }
+
+private:
+    static constexpr int64_t kMostBlocks = 8;  // each part is a sum of 256 in fp32
+
+    float maximum_ = -kInfinity;
+    int64_t maximum_start_ = 0;  // where the first block that holds the maximum starts
+    double total_ = 0.0;
+    double weighted_ = 0.0;
+    ExpParts parts_;
+    int64_t blocks_ = 0;  // in parts_
 };
 
 }  // namespace
@@ -40,13 +79,15 @@ DraftSample draft_sample_row(const Row& row, float temperature, float uniform, c
     const bool is_greedy = temperature == 0;
     const bool is_filtered = !is_greedy && filters.is_on();
     const float scale = is_greedy || is_filtered ? 1.0f : scale_of(temperature);
+    // At temperature 1 the masses to draw from are those that entropy is taken from.
+    const bool is_alone = !is_greedy && !is_filtered && scale == 1.0f;
     RunningSums sums;
     int64_t i = 0;
     for (Blocks of_row(row); !of_row.are_over(); of_row.advance(), ++i) {
-        if (of_row.largest() > sums.maximum) {
+        if (of_row.largest() > sums.maximum()) {
             sums.raise_maximum(of_row.largest(), of_row.start());
         }
-        shifts[i] = sums.maximum;
+        shifts[i] = sums.maximum();
         masses[i] = 0.0;
         if (of_row.largest() == -kInfinity) {
             if (has_nan(of_row.values(), of_row.size())) {
@@ -54,26 +95,27 @@ DraftSample draft_sample_row(const Row& row, float temperature, float uniform, c
             }
             continue;
         }
-        const ExpSums block_sums =
-            exp_sums(of_row.values(), of_row.size(), of_row.order(), sums.maximum, of_row.ahead());
-        sums.total += block_sums.sum;
-        sums.weighted += block_sums.weighted;
-        // At temperature 1, and when greedy or filtered, where the masses are not needed, one exp serves for both.
-        masses[i] = scale == 1.0f
-                        ? block_sums.sum
-                        : exp_sum(of_row.values(), of_row.size(), of_row.order(), sums.maximum, scale);
+        if (is_alone) {
+            masses[i] = sums.add_alone(of_row, of_row.ahead());
+            continue;
+        }
+        sums.add(of_row, of_row.ahead());
+        if (scale != 1.0f) {
+            masses[i] = exp_sum(of_row.values(), of_row.size(), of_row.order(), sums.maximum(), scale);
+        }
     }
-    if (!std::isfinite(sums.maximum) || !std::isfinite(sums.total)) {
+    sums.add_up();
+    if (!std::isfinite(sums.maximum()) || !std::isfinite(sums.total())) {
         return {};
     }
 
     DraftSample drafted{};
     drafted.is_valid = true;
-    const double entropy = std::log(sums.total) - sums.weighted / sums.total;
+    const double entropy = std::log(sums.total()) - sums.weighted() / sums.total();
     drafted.entropy = static_cast<float>(std::max(0.0, entropy) / std::log(2.0));
-    drafted.confidence = static_cast<float>(1.0 / sums.total);
+    drafted.confidence = static_cast<float>(1.0 / sums.total());
     if (is_greedy) {
-        drafted.token = find_maximum(row, sums.maximum_start, sums.maximum);
+        drafted.token = find_maximum(row, sums.maximum_start(), sums.maximum());
         drafted.prob = 1.0f;
         return drafted;
     }
@@ -86,8 +128,8 @@ DraftSample draft_sample_row(const Row& row, float temperature, float uniform, c
         drafted.prob = filtered.probability(drafted.token);
         return drafted;
     }
-    const double total = rescale_masses(masses, shifts, sums.maximum, scale);
-    const Softmax softmax{sums.maximum, scale, static_cast<float>(1.0 / total)};
+    const double total = rescale_masses(masses, shifts, sums.maximum(), scale);
+    const Softmax softmax{sums.maximum(), scale, static_cast<float>(1.0 / total)};
     drafted.token = sample(row, softmax, masses, total, uniform);
     drafted.prob = probability_at(row, softmax, drafted.token);
     return drafted;

@@ -1,65 +1,42 @@
-// The Python module speckv.kernels._C: the ops as plain functions. The dispatcher's way from Python to an op and back
-// takes 5 to 10 µs, as long as the op itself on a small vocabulary; through DLPack's exchange it is 2 to 4.
-// kernels/ops.py says when this way may be taken.
+// The Python module speckv.kernels._C: the ops as plain functions, for where nobody could tell. The dispatcher's way
+// from Python to an op and back takes 5 to 10 us, as long as the op itself on a small vocabulary; through DLPack's
+// exchange it is 2 to 4. What else is to see the op, or knows it by other tensors, is sent on to the dispatcher: modes,
+// tracers and profilers, and arguments that are not CPU tensors of exactly the type torch.Tensor with unit stride.
 
-#define PY_SSIZE_T_CLEAN
-#ifndef Py_LIMITED_API
-#define Py_LIMITED_API 0x030A0000
-#endif
-#include <Python.h>
-
-#include <array>
-#include <cstdlib>
 #include <exception>
-#include <new>
 #include <optional>
+#include <vector>
 
-#include "dlpack.h"
+#include "exchange.h"
 #include "ops.h"
 
 namespace speckv {
 namespace {
 
-PyObject* tensor_type = nullptr;                // torch.Tensor itself: a subclass may have its own idea of an op
-const dlpack::ExchangeApi* exchange = nullptr;  // null where this PyTorch has none
+// A function of Python without arguments: somebody watches where it gives not 0. PyTorch's own are called past Python.
+struct Watcher {
+    PyObject* function;
+    PyCFunction native;  // null where it is none
+    PyObject* self;
 
-int32_t number_of(dlpack::DataType dtype) {
-    if (dtype.lanes != 1) {
-        return -1;
+    bool watches() const {
+        PyObject* const found = native != nullptr ? native(self, nullptr) : PyObject_CallNoArgs(function);
+        const int is_true = found == nullptr ? 1 : PyObject_IsTrue(found);
+        Py_XDECREF(found);
+        return is_true != 0;
     }
-    switch (dtype.code << 8 | dtype.bits) {
-        case dlpack::kFloat << 8 | 32: return aoti_torch_dtype_float32();
-        case dlpack::kFloat << 8 | 16: return aoti_torch_dtype_float16();
-        case dlpack::kBfloat << 8 | 16: return aoti_torch_dtype_bfloat16();
-        case dlpack::kInt << 8 | 64: return aoti_torch_dtype_int64();
-        default: return -1;  // none that an op takes
-    }
-}
+};
+std::vector<Watcher> watchers;
 
-// Thrown where an argument is not for this way; the dispatcher then has the last word on it.
-struct NotForUs {};
+bool is_open = false;
 
-View view_of(PyObject* object) {
-    dlpack::Tensor lent;
-    if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != tensor_type || exchange->lend(object, &lent) != 0 ||
-        lent.device_type != dlpack::kCpu) {
-        PyErr_Clear();
-        throw NotForUs{};
+void leave_if_watched() {
+    for (const Watcher& watcher : watchers) {
+        if (watcher.watches()) {
+            PyErr_Clear();
+            throw NotForUs{};
+        }
     }
-    View view;
-    view.start = static_cast<const std::byte*>(lent.data) + lent.byte_offset;
-    view.dtype = number_of(lent.dtype);
-    view.dims = lent.ndim;
-    view.sizes = lent.shape;
-    view.strides = lent.strides;
-    // DLPack says nothing of wrappers, as torch.func.functionalize makes them, which have no numbers of their own, nor
-    // of conjugates' imaginary parts, which are to be negated; these have a stride.
-    const bool is_wrapper = lent.data == nullptr && view.elements() > 0;
-    const bool may_be_negated = view.dim() > 0 && view.stride(view.dim() - 1) != 1;
-    if (is_wrapper || may_be_negated) {
-        throw NotForUs{};
-    }
-    return view;
 }
 
 std::optional<View> view_if_any(PyObject* object) {
@@ -75,113 +52,68 @@ double number(PyObject* object) {
     return value;
 }
 
-// An output: DLPack's description of it, and its numbers behind that, in one piece of memory.
-struct Output {
-    static constexpr size_t kAlignment = 64;  // of the numbers, as PyTorch's own
-
-    dlpack::ManagedTensor managed;
-    int64_t sizes[2];
-    int64_t strides[2];
-
-    static Output* allocate(std::initializer_list<int64_t> sizes, dlpack::DataType dtype) {
-        int64_t elements = 1;
-        for (const int64_t size : sizes) {
-            elements *= size;
-        }
-        // Not aligned_alloc(), which passes over glibc's cache of freed pieces: 0.6 us for four outputs.
-        void* const memory = std::malloc(sizeof(Output) + kAlignment + elements * dtype.bits / 8);
-        if (memory == nullptr) {
-            throw std::bad_alloc();
-        }
-        auto* const output = new (memory) Output{};
-        const auto behind = reinterpret_cast<uintptr_t>(output + 1);
-        void* const numbers = reinterpret_cast<void*>((behind + kAlignment - 1) / kAlignment * kAlignment);
-        const auto dims = static_cast<int32_t>(sizes.size());
-        std::copy(sizes.begin(), sizes.end(), output->sizes);
-        output->strides[dims - 1] = 1;
-        if (dims == 2) {
-            output->strides[0] = std::max<int64_t>(output->sizes[1], 1);
-        }
-        output->managed = {
-            {dlpack::kMajor, 0},
-            output,
-            [](dlpack::ManagedTensor* managed) { std::free(managed->manager); },
-            0,
-            {numbers, dlpack::kCpu, 0, dims, dtype, output->sizes, output->strides, 0},
-        };
-        return output;
-    }
+// An op: its name, how many arguments it takes, and what serves it where this way does not, once it is open.
+struct Op {
+    const char* name;
+    Py_ssize_t arguments;
+    PyObject* dispatched;
 };
+Op ops[] = {{"draft_sample", 6}, {"plan_gamma", 8}, {"draft_step", 15}, {"verify_chain", 9}};
+enum : size_t { kDraftSample, kPlanGamma, kDraftStep, kVerifyChain };
 
-class PythonOutputs final : public Outputs {
+PyObject* call_dispatched(const Op& op, PyObject* const* args, Py_ssize_t count) {
+    if (op.dispatched == nullptr) {
+        PyErr_Format(PyExc_RuntimeError, "%s: call open() first", op.name);
+        return nullptr;
+    }
+    PyObject* const tuple = PyTuple_New(count);
+    if (tuple == nullptr) {
+        return nullptr;
+    }
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        PyTuple_SetItem(tuple, i, Py_NewRef(args[i]));
+    }
+    PyObject* const result = PyObject_CallObject(op.dispatched, tuple);
+    Py_DECREF(tuple);
+    return result;
+}
+
+// Lets other threads of Python run meanwhile if there is work for longer than a tenth of a millisecond; giving the lock
+// away and taking it back costs 0.2 us.
+class Unlocked {
 public:
-    ~PythonOutputs() {
-        for (size_t i = taken_; i < count_; ++i) {
-            std::free(outputs_[i]);
+    explicit Unlocked(int64_t logits) : state_(logits < kManyLogits ? nullptr : PyEval_SaveThread()) {}
+    ~Unlocked() {
+        if (state_ != nullptr) {
+            PyEval_RestoreThread(state_);
         }
     }
-
-    float* add_float32(std::initializer_list<int64_t> sizes) override {
-        return static_cast<float*>(add(sizes, {dlpack::kFloat, 32, 1}));
-    }
-    int64_t* add_int64(std::initializer_list<int64_t> sizes) override {
-        return static_cast<int64_t*>(add(sizes, {dlpack::kInt, 64, 1}));
-    }
-
-    // A tuple of tensors; null with a Python error.
-    PyObject* take() {
-        PyObject* tuple = PyTuple_New(static_cast<Py_ssize_t>(count_));
-        if (tuple == nullptr) {
-            return nullptr;
-        }
-        while (taken_ < count_) {
-            void* tensor = nullptr;
-            if (exchange->take(&outputs_[taken_]->managed, &tensor) != 0) {
-                Py_DECREF(tuple);
-                return nullptr;
-            }
-            PyTuple_SetItem(tuple, static_cast<Py_ssize_t>(taken_++), static_cast<PyObject*>(tensor));
-        }
-        return tuple;
-    }
+    Unlocked(const Unlocked&) = delete;
+    Unlocked& operator=(const Unlocked&) = delete;
 
 private:
-    void* add(std::initializer_list<int64_t> sizes, dlpack::DataType dtype) {
-        auto*& output = outputs_.at(count_);
-        output = Output::allocate(sizes, dtype);
-        ++count_;
-        return output->managed.tensor.data;
-    }
-
-    std::array<Output*, 6> outputs_{};
-    size_t count_ = 0;
-    size_t taken_ = 0;
+    static constexpr int64_t kManyLogits = 1 << 19;
+    PyThreadState* state_;
 };
 
-// Runs compute(outputs) without Python's lock, for an op that was given as many arguments as it takes. read(outputs)
-// returns compute with what it reads of the arguments. None is returned where this way does not serve.
+// Runs compute(first argument, outputs). The first argument is the largest; read(), which makes compute, reads the others.
 template <class Read>
-PyObject* call(Py_ssize_t given, Py_ssize_t wanted, const Read& read) {
+PyObject* call(const Op& op, PyObject* const* args, Py_ssize_t count, const Read& read) {
     PythonOutputs outputs;
     try {
-        if (exchange == nullptr || given != wanted) {
+        if (!is_open || count != op.arguments) {
             throw NotForUs{};
         }
+        leave_if_watched();
+        const View first = view_of(args[0]);
         const auto compute = read();
-        std::exception_ptr failed;
-        PyThreadState* const state = PyEval_SaveThread();
-        try {
-            compute(outputs);
-        } catch (...) {
-            failed = std::current_exception();
-        }
-        PyEval_RestoreThread(state);
-        if (failed) {
-            std::rethrow_exception(failed);
+        {
+            const Unlocked unlocked(first.elements());
+            compute(first, outputs);
         }
         return outputs.take();
     } catch (const NotForUs&) {
-        Py_RETURN_NONE;
+        return call_dispatched(op, args, count);
     } catch (const std::bad_alloc&) {
         return PyErr_NoMemory();
     } catch (const std::exception& error) {
@@ -200,60 +132,67 @@ ControllerViews controller_from(PyObject* const* args) {
 }
 
 PyObject* call_draft_sample(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    return call(count, 6, [&] {
-        return [logits = view_of(args[0]), temperature = view_of(args[1]), uniform = view_of(args[2]),
-                filters = filters_from(args + 3)](Outputs& outputs) {
+    return call(ops[kDraftSample], args, count, [&] {
+        return [temperature = view_of(args[1]), uniform = view_of(args[2]),
+                filters = filters_from(args + 3)](const View& logits, Outputs& outputs) {
             draft_sample(logits, temperature, uniform, filters, outputs);
         };
     });
 }
 
 PyObject* call_plan_gamma(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    return call(count, 8, [&] {
-        return [signals = view_of(args[0]), controller = controller_from(args + 1)](Outputs& outputs) {
+    return call(ops[kPlanGamma], args, count, [&] {
+        return [controller = controller_from(args + 1)](const View& signals, Outputs& outputs) {
             plan_gamma(signals, controller, outputs);
         };
     });
 }
 
 PyObject* call_draft_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    return call(count, 15, [&] {
-        return [logits = view_of(args[0]), temperature = view_of(args[1]), uniform = view_of(args[2]),
-                signals = view_of(args[3]), drafted = view_of(args[4]), controller = controller_from(args + 5),
-                filters = filters_from(args + 12)](Outputs& outputs) {
+    return call(ops[kDraftStep], args, count, [&] {
+        return [temperature = view_of(args[1]), uniform = view_of(args[2]), signals = view_of(args[3]),
+                drafted = view_of(args[4]), controller = controller_from(args + 5),
+                filters = filters_from(args + 12)](const View& logits, Outputs& outputs) {
             draft_step(logits, temperature, uniform, signals, drafted, controller, filters, outputs);
         };
     });
 }
 
 PyObject* call_verify_chain(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    return call(count, 9, [&] {
-        return [target_logits = view_of(args[0]), draft_logits = view_of(args[1]), draft_tokens = view_of(args[2]),
-                num_draft = view_of(args[3]), temperature = view_of(args[4]), uniform = view_of(args[5]),
-                filters = filters_from(args + 6)](Outputs& outputs) {
+    return call(ops[kVerifyChain], args, count, [&] {
+        return [draft_logits = view_of(args[1]), draft_tokens = view_of(args[2]), num_draft = view_of(args[3]),
+                temperature = view_of(args[4]), uniform = view_of(args[5]),
+                filters = filters_from(args + 6)](const View& target_logits, Outputs& outputs) {
             verify_chain(
                 target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform, filters, outputs);
         };
     });
 }
 
-// Whether this PyTorch lends its tensors; until it does the ops return None.
-PyObject* open(PyObject*, PyObject* type) {
-    PyObject* const capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
-    if (capsule == nullptr) {
-        PyErr_Clear();
-        Py_RETURN_FALSE;
+// open(type, watchers, dispatched): the type torch.Tensor, a tuple of functions that say whether somebody watches, and a
+// dictionary of the ops. False where this PyTorch does not lend its tensors; every call then goes to the dispatcher.
+PyObject* open(PyObject*, PyObject* args) {
+    PyObject *type, *functions, *dispatched;
+    if (PyArg_ParseTuple(args, "OO!O!", &type, &PyTuple_Type, &functions, &PyDict_Type, &dispatched) == 0) {
+        return nullptr;
     }
-    const auto* const found =
-        static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::kCapsule));
-    Py_DECREF(capsule);  // what it points to lives as long as the process
-    if (found == nullptr || found->version.major != dlpack::kMajor || found->lend == nullptr) {
-        PyErr_Clear();
-        Py_RETURN_FALSE;
+    for (Op& op : ops) {
+        PyObject* const overload = PyDict_GetItemString(dispatched, op.name);
+        if (overload == nullptr) {
+            PyErr_Format(PyExc_KeyError, "%s", op.name);
+            return nullptr;
+        }
+        op.dispatched = Py_NewRef(overload);
     }
-    exchange = found;
-    tensor_type = Py_NewRef(type);
-    Py_RETURN_TRUE;
+    watchers.clear();
+    for (Py_ssize_t i = 0; i < PyTuple_Size(functions); ++i) {
+        PyObject* const function = Py_NewRef(PyTuple_GetItem(functions, i));
+        const bool is_native = PyCFunction_Check(function) && PyCFunction_GetFlags(function) == METH_NOARGS;
+        watchers.push_back({function, is_native ? PyCFunction_GetFunction(function) : nullptr,
+                            is_native ? PyCFunction_GetSelf(function) : nullptr});
+    }
+    is_open = open_exchange(type);
+    return PyBool_FromLong(is_open);
 }
 
 template <PyObject* (*FUNCTION)(PyObject*, PyObject* const*, Py_ssize_t)>
@@ -270,7 +209,7 @@ PyMODINIT_FUNC PyInit__C() {
         speckv::op<speckv::call_plan_gamma>("plan_gamma"),
         speckv::op<speckv::call_draft_step>("draft_step"),
         speckv::op<speckv::call_verify_chain>("verify_chain"),
-        {"open", speckv::open, METH_O, "Whether the ops may be called with tensors of this type."},
+        {"open", speckv::open, METH_VARARGS, nullptr},
         {nullptr, nullptr, 0, nullptr},
     };
     static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -5,9 +5,17 @@
 namespace speckv {
 
 int64_t find_maximum(const Row& row, int64_t start, float maximum) {
-    BlockBuffer buffer;
-    const Block block = load_block(row, start, buffer.values);
-    return start + find_first(block.values, block.size, maximum);
+    constexpr int64_t kPart = kBlockSize / 8;  // half of them on average are not looked at
+    alignas(64) float buffer[kPart];
+    for (; start < row.size; start += kPart) {
+        const Row rest{row.logits, row.dtype, std::min(start + kPart, row.size)};
+        const Block part = load_block(rest, start, buffer);
+        const int64_t first = find_first(part.values, part.size, maximum);
+        if (first < part.size) {
+            return start + first;
+        }
+    }
+    return row.size;
 }
 
 Largest largest_of(const Row& row, int64_t start, int64_t end) {

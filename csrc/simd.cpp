@@ -126,12 +126,14 @@ SPECKV_AVX512 inline void load_as_pairs(const float* values, Floats (&x)[2]) {
     x[1] = _mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high);
 }
 
-// Sums of e = exp((values - shift) * scale), and of (values - shift) * e where is_weighted, whose scale is 1; on the
-// way `next` is loaded, which beside exp takes less time than alone.
+// Adds e = exp((values - shift) * scale) to sums, and (values - shift) * e where is_weighted, whose scale is 1, to
+// weighted_sums; those of the values behind the last 32 to rest. On the way `next` is loaded, which beside exp takes less
+// time than alone.
 template <bool is_weighted, Order order>
-SPECKV_AVX512 ExpSums exp_sums_avx512(const float* values, int64_t size, float shift, float scale, Ahead* next) {
+SPECKV_AVX512 inline __attribute__((always_inline)) void add_exps(
+    const float* values, int64_t size, float shift, float scale, Ahead* next, Floats (&sums)[2],
+    Floats (&weighted_sums)[2], ExpSums& rest) {
     const int64_t ahead = next == nullptr ? 0 : std::min(size, next->size) / kPairedValues * kPairedValues;
-    Floats sums[2] = {}, weighted_sums[2] = {};
     __m512i maxima = _mm512_set1_epi16(kLeastInt16);
     int64_t i = 0;
     for (; i + kPairedValues <= size; i += kPairedValues) {
@@ -163,18 +165,52 @@ SPECKV_AVX512 ExpSums exp_sums_avx512(const float* values, int64_t size, float s
             }
         }
     }
-    ExpSums found{sum_lanes(sums[0] + sums[1]), is_weighted ? sum_lanes(weighted_sums[0] + weighted_sums[1]) : 0.0f};
     for (; i < size; ++i) {
         const float x = raise_to_range(is_weighted ? values[i] - shift : (values[i] - shift) * scale);
         const float e = exp_in_range(x);
-        found.sum += e;
-        found.weighted += x * e;
+        rest.sum += e;
+        rest.weighted += x * e;
     }
     if (next != nullptr) {
         const float so_far = largest_loaded(maxima, next->dst, ahead);
         next->largest = load_rest(next->src, ahead, next->size, next->dst, so_far);
     }
+}
+
+template <bool is_weighted, Order order>
+SPECKV_AVX512 ExpSums exp_sums_avx512(const float* values, int64_t size, float shift, float scale, Ahead* next) {
+    Floats sums[2] = {}, weighted_sums[2] = {};
+    ExpSums found;
+    add_exps<is_weighted, order>(values, size, shift, scale, next, sums, weighted_sums, found);
+    found.sum += sum_lanes(sums[0] + sums[1]);
+    if constexpr (is_weighted) {
+        found.weighted += sum_lanes(weighted_sums[0] + weighted_sums[1]);
+    }
     return found;
+}
+
+template <Order order>
+SPECKV_AVX512 void add_exp_parts_avx512(const float* values, int64_t size, float shift, Ahead* next, ExpParts& parts) {
+    Floats sums[2], weighted_sums[2];
+    for (int64_t part = 0; part < 2; ++part) {
+        load(parts.sums + part * kLanes, sums[part]);
+        load(parts.weighted_sums + part * kLanes, weighted_sums[part]);
+    }
+    add_exps<true, order>(values, size, shift, 1.0f, next, sums, weighted_sums, parts.rest);
+    for (int64_t part = 0; part < 2; ++part) {
+        store(sums[part], parts.sums + part * kLanes);
+        store(weighted_sums[part], parts.weighted_sums + part * kLanes);
+    }
+}
+
+SPECKV_AVX512 ExpSums sum_of_parts_avx512(const ExpParts& parts) {
+    Floats sums[2], weighted_sums[2];
+    for (int64_t part = 0; part < 2; ++part) {
+        load(parts.sums + part * kLanes, sums[part]);
+        load(parts.weighted_sums + part * kLanes, weighted_sums[part]);
+    }
+    return {parts.rest.sum + sum_lanes(sums[0] + sums[1]),
+            parts.rest.weighted + sum_lanes(weighted_sums[0] + weighted_sums[1])};
 }
 
 // The conversion is an instruction, which GCC does not use by itself.
@@ -334,6 +370,28 @@ ExpSums exp_sums(const float* values, int64_t size, Order order, float shift, Ah
         }
         return ExpSums{sum, weighted};
     });
+}
+
+void add_exp_parts(const float* values, int64_t size, Order order, float shift, Ahead* next, ExpParts& parts) {
+#ifdef SPECKV_AVX512
+    if (units() >= Units::kAvx512) {
+        const auto add = order == Order::kPaired ? add_exp_parts_avx512<Order::kPaired>
+                                                 : add_exp_parts_avx512<Order::kAsItLies>;
+        return add(values, size, shift, next, parts);
+    }
+#endif
+    const ExpSums sums = exp_sums(values, size, order, shift, next);
+    parts.rest.sum += sums.sum;
+    parts.rest.weighted += sums.weighted;
+}
+
+ExpSums sum_of_parts(const ExpParts& parts) {
+#ifdef SPECKV_AVX512
+    if (units() >= Units::kAvx512) {
+        return sum_of_parts_avx512(parts);
+    }
+#endif
+    return parts.rest;
 }
 
 float exp_sum(const float* values, int64_t size, Order order, float shift, float scale, Ahead* next) {

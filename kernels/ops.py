@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch._C._autograd import _profiler_enabled as _is_profiling
+from torch.autograd import profiler as _profiler
 
 from speckv.kernels import checks, reference
 
@@ -197,61 +197,50 @@ def serving():
     return dict(_serving)
 
 
-def _short_way(native, overload):
-    """overload, but by way of the extension's plain function where nobody could tell: it takes half the time of
-    PyTorch's dispatcher. Compilers, tracers, modes and profilers are to see the op. The function returns None, and the
-    dispatcher has its turn, unless it is given CPU tensors of exactly the type torch.Tensor with unit stride in the
-    last dimension. Its outputs never require a gradient; no op has one.
-    """
-    is_compiling, is_tracing, is_profiling = torch.compiler.is_compiling, torch._C._is_tracing, _is_profiling
-    dispatch_modes, function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-
-    def call(*args):
-        if is_compiling() or is_tracing() or dispatch_modes() or function_modes() or is_profiling():
-            return overload(*args)
-        outputs = native(*args)
-        return overload(*args) if outputs is None else outputs
-    return call
+_extension = _register()
+# The overloads themselves: finding the only one there is takes 0.6 µs a call.
+_dispatched = SimpleNamespace(**{name: getattr(torch.ops.speckv, name).default for name in SCHEMAS})
+_short = _dispatched
+# Functions that say whether a mode or a tracer is to see the ops.
+WATCHERS = (torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack, torch._C._is_tracing)
+if _extension is not None:
+    # Its plain functions take half as long, and send on to the dispatcher what is not for them (csrc/python.cpp).
+    _extension.open(torch.Tensor, WATCHERS, vars(_dispatched))
+    _short = SimpleNamespace(**vars(_dispatched) | {name: getattr(_extension, name) for name in SHORT_WAY_OPS})
+_is_compiled = torch.compiler.is_dynamo_compiling  # other compilers are modes
 
 
-def _calls_by_name(extension):
-    """What the functions below call."""
-    # The overloads themselves: finding the only one there is takes 0.6 µs a call.
-    calls = {name: getattr(torch.ops.speckv, name).default for name in SCHEMAS}
-    if extension is not None and extension.open(torch.Tensor):  # a PyTorch that lends its tensors
-        calls.update({name: _short_way(getattr(extension, name), calls[name]) for name in SHORT_WAY_OPS})
-    return SimpleNamespace(**calls)
-
-
-_calls = _calls_by_name(_register())
+def _calls():
+    """What the functions below call: torch.compile cannot look into the extension, and profilers are to see the op."""
+    return _dispatched if _is_compiled() or _profiler._is_profiler_enabled else _short
 
 
 def draft_sample(logits, temperature, uniform, top_k=None, top_p=None, min_p=None):
-    return _calls.draft_sample(logits, temperature, uniform, top_k, top_p, min_p)
+    return _calls().draft_sample(logits, temperature, uniform, top_k, top_p, min_p)
 
 
 def plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate=0.0):
-    return _calls.plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate)
+    return _calls().plan_gamma(signals, w1, b1, w2, b2, gammas, seconds, rate)
 
 
 def draft_step(logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate=0.0,
                top_k=None, top_p=None, min_p=None):
-    return _calls.draft_step(
+    return _calls().draft_step(
         logits, temperature, uniform, signals, drafted, w1, b1, w2, b2, gammas, seconds, rate, top_k, top_p, min_p)
 
 
 def verify_chain(target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform,
                  top_k=None, top_p=None, min_p=None):
-    return _calls.verify_chain(
+    return _calls().verify_chain(
         target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform, top_k, top_p, min_p)
 
 
 def linear_int8(x, weight, scale):
-    return _calls.linear_int8(x, weight, scale)
+    return _calls().linear_int8(x, weight, scale)
 
 
 def decode_attention(query, key, value, scale):
-    return _calls.decode_attention(query, key, value, scale)
+    return _calls().decode_attention(query, key, value, scale)
 
 
 for _op in (draft_sample, plan_gamma, draft_step, verify_chain, linear_int8, decode_attention):
