@@ -70,37 +70,38 @@ private:
 }  // namespace
 
 DraftSample draft_sample_row(const Row& row, float temperature, float uniform, const Filters& filters) {
-    thread_local std::vector<double> masses;
-    thread_local std::vector<float> shifts;
-    const int64_t blocks = block_count(row.size);
-    masses.resize(blocks);
-    shifts.resize(blocks);
-
     const bool is_greedy = temperature == 0;
     const bool is_filtered = !is_greedy && filters.is_on();
-    const float scale = is_greedy || is_filtered ? 1.0f : scale_of(temperature);
-    // At temperature 1 the masses to draw from are those that entropy is taken from.
-    const bool is_alone = !is_greedy && !is_filtered && scale == 1.0f;
+    // Of each block, to draw from: its mass, and the largest logit so far, which it is against.
+    thread_local std::vector<double> masses;
+    thread_local std::vector<float> shifts;
+    const bool needs_masses = !is_greedy && !is_filtered;
+    if (needs_masses) {
+        masses.assign(block_count(row.size), 0.0);
+        shifts.resize(masses.size());
+    }
+    const float scale = needs_masses ? scale_of(temperature) : 1.0f;
     RunningSums sums;
     int64_t i = 0;
     for (Blocks of_row(row); !of_row.are_over(); of_row.advance(), ++i) {
         if (of_row.largest() > sums.maximum()) {
             sums.raise_maximum(of_row.largest(), of_row.start());
         }
-        shifts[i] = sums.maximum();
-        masses[i] = 0.0;
+        if (needs_masses) {
+            shifts[i] = sums.maximum();
+        }
         if (of_row.largest() == -kInfinity) {
             if (has_nan(of_row.values(), of_row.size())) {
                 return {};
             }
             continue;
         }
-        if (is_alone) {
+        if (needs_masses && scale == 1.0f) {  // then those of entropy serve
             masses[i] = sums.add_alone(of_row, of_row.ahead());
             continue;
         }
         sums.add(of_row, of_row.ahead());
-        if (scale != 1.0f) {
+        if (needs_masses) {
             masses[i] = exp_sum(of_row.values(), of_row.size(), of_row.order(), sums.maximum(), scale);
         }
     }
