@@ -47,13 +47,14 @@ def ways(target, drafter):
             "speckv --fast, fixed:1": ours("fixed:1", drafter), "speckv --fast, adaptive": ours("adaptive", drafter)}
 
 
-def measure(compression, sizes, tokens, repeats):
-    """{way: {batch size: its tokens a second, of the median run}}."""
+def measure(compression, sizes, tokens, repeats, only):
+    """{way: {batch size: its tokens a second, of the median run}} of the ways whose names contain one of `only`."""
     target, tokenizer = speckv.load_target("smollm2", compression)
     # One of each task in turn, so that every batch is mixed.
     texts = [text for texts in zip(*PROMPTS.values(), strict=False) for text in texts][:max(sizes)]
     prompts = [encode_prompt(tokenizer, text) for text in texts]
-    runs = ways(target, speckv.load_drafter("lookup+smollm2", target))
+    runs = {name: run for name, run in ways(target, speckv.load_drafter("lookup+smollm2", target)).items()
+            if any(part in name for part in only)}
     seconds = {name: {size: [] for size in sizes} for name in runs}
     for run in runs.values():
         run(prompts, WARM_UP_TOKENS)
@@ -74,6 +75,7 @@ def main():
     parser.add_argument("--sizes", default="1,4,8,16")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--only", default="", help="ways whose names contain one of these, such as plain,adaptive")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -81,7 +83,8 @@ def main():
     sizes = [int(size) for size in arguments.sizes.split(",")]
     console, result = Console(highlight=False), {"threads": arguments.threads, "tokens": arguments.tokens}
     for compression in arguments.compressions.split(","):
-        result[compression] = measure(compression, sizes, arguments.tokens, arguments.repeats)
+        result[compression] = measure(compression, sizes, arguments.tokens, arguments.repeats,
+                                      arguments.only.split(","))
         table = Table("tokens/s in batches of", *map(str, sizes),
                       title=f"{compression}: {arguments.tokens} tokens each, {arguments.threads} threads")
         for name, row in result[compression].items():
