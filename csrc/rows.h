@@ -62,7 +62,11 @@ inline BlockAndLargest load_block_and_largest(const Row& row, int64_t start, flo
 // The blocks of a row in order, each with its largest logit. Within a block values stand in order().
 class Blocks {
 public:
-    explicit Blocks(const Row& row) : row_(row), current_(load_block_and_largest(row, 0, first_.values)) {}
+    explicit Blocks(const Row& row) : row_(row), current_(load_block_and_largest(row, 0, first_.values)) {
+        if (row.dtype == Dtype::kBFloat16 && row.size > kBlockSize) {
+            std::fill(second_.values, second_.values + kBlockSize, 0.0f);  // Ahead wants it; the first holds bf16 by now
+        }
+    }
     Blocks(const Blocks&) = delete;
     Blocks& operator=(const Blocks&) = delete;
 

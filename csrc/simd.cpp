@@ -94,6 +94,23 @@ SPECKV_AVX512 inline void load_pairs(const uint16_t* src, float* dst, __m512i& m
     _mm512_storeu_si512(dst + kLanes, _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
+// How the halves of a pair get their places in fp32. Shifting and masking them takes the units that exp takes; written
+// each alone, shifted by where, they need none, but dst must hold zeros for the lower halves. On an Emerald Rapids core
+// that makes a row of 98,304 8 % faster. On Zen cores, whose masked stores differ, it is untried.
+enum class Halves { kMoved, kMasked };
+
+template <Halves halves>
+SPECKV_AVX512 inline void load_pairs(const uint16_t* src, float* dst, __m512i& maxima) {
+    if constexpr (halves == Halves::kMoved) {
+        load_pairs(src, dst, maxima);
+    } else {
+        const __m512i pairs = _mm512_loadu_si512(src);
+        maxima = _mm512_max_epi16(maxima, pairs);
+        _mm512_mask_storeu_epi16(reinterpret_cast<uint16_t*>(dst) + 1, 0x55555555u, pairs);
+        _mm512_mask_storeu_epi16(dst + kLanes, 0xaaaaaaaau, pairs);
+    }
+}
+
 constexpr int16_t kLeastInt16 = std::numeric_limits<int16_t>::min();
 
 // The largest of loaded values from the largest of their bits as integers, which order floats that are not negative.
@@ -129,7 +146,7 @@ SPECKV_AVX512 inline void load_as_pairs(const float* values, Floats (&x)[2]) {
 // Adds e = exp((values - shift) * scale) to sums, and (values - shift) * e where is_weighted, whose scale is 1, to
 // weighted_sums; those of the values behind the last 32 to rest. On the way `next` is loaded, which beside exp takes less
 // time than alone.
-template <bool is_weighted, Order order>
+template <bool is_weighted, Order order, Halves halves>
 SPECKV_AVX512 inline __attribute__((always_inline)) void add_exps(
     const float* values, int64_t size, float shift, float scale, Ahead* next, Floats (&sums)[2],
     Floats (&weighted_sums)[2], ExpSums& rest) {
@@ -145,7 +162,7 @@ SPECKV_AVX512 inline __attribute__((always_inline)) void add_exps(
             load_as_pairs(values + i, x);
         }
         if (i < ahead) {
-            load_pairs(next->src + i, next->dst + i, maxima);
+            load_pairs<halves>(next->src + i, next->dst + i, maxima);
         }
 #pragma GCC unroll 2
         for (int64_t part = 0; part < 2; ++part) {
@@ -177,11 +194,11 @@ SPECKV_AVX512 inline __attribute__((always_inline)) void add_exps(
     }
 }
 
-template <bool is_weighted, Order order>
+template <bool is_weighted, Order order, Halves halves>
 SPECKV_AVX512 ExpSums exp_sums_avx512(const float* values, int64_t size, float shift, float scale, Ahead* next) {
     Floats sums[2] = {}, weighted_sums[2] = {};
     ExpSums found;
-    add_exps<is_weighted, order>(values, size, shift, scale, next, sums, weighted_sums, found);
+    add_exps<is_weighted, order, halves>(values, size, shift, scale, next, sums, weighted_sums, found);
     found.sum += sum_lanes(sums[0] + sums[1]);
     if constexpr (is_weighted) {
         found.weighted += sum_lanes(weighted_sums[0] + weighted_sums[1]);
@@ -189,18 +206,25 @@ SPECKV_AVX512 ExpSums exp_sums_avx512(const float* values, int64_t size, float s
     return found;
 }
 
-template <Order order>
+template <Order order, Halves halves>
 SPECKV_AVX512 void add_exp_parts_avx512(const float* values, int64_t size, float shift, Ahead* next, ExpParts& parts) {
     Floats sums[2], weighted_sums[2];
     for (int64_t part = 0; part < 2; ++part) {
         load(parts.sums + part * kLanes, sums[part]);
         load(parts.weighted_sums + part * kLanes, weighted_sums[part]);
     }
-    add_exps<true, order>(values, size, shift, 1.0f, next, sums, weighted_sums, parts.rest);
+    add_exps<true, order, halves>(values, size, shift, 1.0f, next, sums, weighted_sums, parts.rest);
     for (int64_t part = 0; part < 2; ++part) {
         store(sums[part], parts.sums + part * kLanes);
         store(weighted_sums[part], parts.weighted_sums + part * kLanes);
     }
+}
+
+// The one of these functions that is for this order and this machine.
+template <class Function>
+Function* chosen(Order order, Function* as_it_lies, Function* moved, Function* masked) {
+    static const bool is_intel = __builtin_cpu_is("intel");
+    return order == Order::kAsItLies ? as_it_lies : is_intel ? masked : moved;
 }
 
 SPECKV_AVX512 ExpSums sum_of_parts_avx512(const ExpParts& parts) {
@@ -352,8 +376,9 @@ int64_t find_first(const float* values, int64_t size, float value) {
 ExpSums exp_sums(const float* values, int64_t size, Order order, float shift, Ahead* next) {
 #ifdef SPECKV_AVX512
     if (units() >= Units::kAvx512) {
-        const auto sums = order == Order::kPaired ? exp_sums_avx512<true, Order::kPaired>
-                                                  : exp_sums_avx512<true, Order::kAsItLies>;
+        const auto sums = chosen(order, exp_sums_avx512<true, Order::kAsItLies, Halves::kMoved>,
+                                 exp_sums_avx512<true, Order::kPaired, Halves::kMoved>,
+                                 exp_sums_avx512<true, Order::kPaired, Halves::kMasked>);
         return sums(values, size, shift, 1.0f, next);
     }
 #endif
@@ -375,8 +400,9 @@ ExpSums exp_sums(const float* values, int64_t size, Order order, float shift, Ah
 void add_exp_parts(const float* values, int64_t size, Order order, float shift, Ahead* next, ExpParts& parts) {
 #ifdef SPECKV_AVX512
     if (units() >= Units::kAvx512) {
-        const auto add = order == Order::kPaired ? add_exp_parts_avx512<Order::kPaired>
-                                                 : add_exp_parts_avx512<Order::kAsItLies>;
+        const auto add = chosen(order, add_exp_parts_avx512<Order::kAsItLies, Halves::kMoved>,
+                                add_exp_parts_avx512<Order::kPaired, Halves::kMoved>,
+                                add_exp_parts_avx512<Order::kPaired, Halves::kMasked>);
         return add(values, size, shift, next, parts);
     }
 #endif
@@ -397,8 +423,9 @@ ExpSums sum_of_parts(const ExpParts& parts) {
 float exp_sum(const float* values, int64_t size, Order order, float shift, float scale, Ahead* next) {
 #ifdef SPECKV_AVX512
     if (units() >= Units::kAvx512) {
-        const auto sums = order == Order::kPaired ? exp_sums_avx512<false, Order::kPaired>
-                                                  : exp_sums_avx512<false, Order::kAsItLies>;
+        const auto sums = chosen(order, exp_sums_avx512<false, Order::kAsItLies, Halves::kMoved>,
+                                 exp_sums_avx512<false, Order::kPaired, Halves::kMoved>,
+                                 exp_sums_avx512<false, Order::kPaired, Halves::kMasked>);
         return sums(values, size, shift, scale, next).sum;
     }
 #endif

@@ -48,7 +48,7 @@ int64_t find_first(const float* values, int64_t size, float value);
 struct Ahead {
     const uint16_t* src;
     int64_t size;
-    float* dst;
+    float* dst;     // holds bf16, or zeros: the lower halves are not written everywhere
     float largest;  // what it returned
 };
 
