@@ -1,7 +1,8 @@
 """Schemas, shape functions and which backend runs where.
 
 Each op has one schema. The dispatcher picks the backend by the device of the tensors: CPU tensors go to the C++
-extension, CUDA and ROCm tensors to Triton, everything else, and whatever has no kernel, to the reference.
+extension, CUDA and ROCm tensors to Triton, everything else, and whatever has no kernel, to the reference. The functions
+here call the extension past the dispatcher where nobody could tell, which takes half the time.
 SPECKV_BACKEND=reference|triton|cpu forces one; a forced backend that is missing is an error.
 """
 
@@ -200,12 +201,11 @@ def serving():
 _extension = _register()
 # The overloads themselves: finding the only one there is takes 0.6 µs a call.
 _dispatched = SimpleNamespace(**{name: getattr(torch.ops.speckv, name).default for name in SCHEMAS})
-_short = _dispatched
 # Functions that say whether a mode or a tracer is to see the ops.
 WATCHERS = (torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack, torch._C._is_tracing)
-if _extension is not None:
+_short = _dispatched
+if _extension is not None and _extension.open(torch.Tensor, WATCHERS, vars(_dispatched)):
     # Its plain functions take half as long, and send on to the dispatcher what is not for them (csrc/python.cpp).
-    _extension.open(torch.Tensor, WATCHERS, vars(_dispatched))
     _short = SimpleNamespace(**vars(_dispatched) | {name: getattr(_extension, name) for name in SHORT_WAY_OPS})
 _is_compiled = torch.compiler.is_dynamo_compiling  # other compilers are modes
 
