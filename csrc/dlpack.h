@@ -1,4 +1,4 @@
-// What of DLPack 1.x csrc/python.cpp needs: how PyTorch lends a tensor to C code, and takes one from it, without a
+// What of DLPack 1.x csrc/exchange.cpp needs: how PyTorch lends a tensor to C code, and takes one from it, without a
 // call into Python. PyTorch's own header may not stand beside its stable ABI.
 //
 // Source: the DLPack specification, dmlc.github.io/dlpack.

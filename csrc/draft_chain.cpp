@@ -83,13 +83,13 @@ public:
         if (uniform_.size(1) < most) {
             refuse(op, "uniform must have a number for each of ", most, " tokens");
         }
-        const FilterTensors filter_tensors{filter(parts, 0), filter(parts, 1), filter(parts, 2)};
-        filter_tensors.check(op, 1);
+        const FilterViews filter_views{filter(parts, 0), filter(parts, 1), filter(parts, 2)};
+        filter_views.check(op, 1);
         temperature_ = *data<float>(parts.temperature);
         for (int64_t i = 0; i < most; ++i) {
             check_sampling_values(op, &temperature_, data<float>(uniform_) + i, 1, 1);
         }
-        filters_ = filters_of(filters_of_rows(op, filter_tensors, 1), 0);
+        filters_ = filters_of(filters_of_rows(op, filter_views, 1), 0);
         if (!parts.controller.empty()) {
             worth_.emplace(op, parts.controller, numbers.draft_ms, numbers.rate, numbers.scale, numbers.most_counted,
                            numbers.look_ahead, numbers.others);

@@ -137,7 +137,7 @@ DraftSample draft_sample_row(const Row& row, float temperature, float uniform, c
 }
 
 void check_draft_sample(
-    const char* op, const View& logits, const View& temperature, const View& uniform, const FilterTensors& filters) {
+    const char* op, const View& logits, const View& temperature, const View& uniform, const FilterViews& filters) {
     check_shape(op, "logits", logits, {kAnySize, kAnySize});
     check_logits(op, "logits", logits);
     check_shape(op, "temperature", temperature, {logits.size(0)});
@@ -148,7 +148,7 @@ void check_draft_sample(
 }
 
 Uncertainty draft_sample_rows(
-    const char* op, const View& logits, const View& temperature, const View& uniform, const FilterTensors& filters,
+    const char* op, const View& logits, const View& temperature, const View& uniform, const FilterViews& filters,
     Outputs& outputs) {
     const int64_t rows = logits.size(0);
     const Array<float> temperatures(temperature), uniforms(uniform);
@@ -177,7 +177,7 @@ Uncertainty draft_sample_rows(
 }
 
 void draft_sample(
-    const View& logits, const View& temperature, const View& uniform, const FilterTensors& filters,
+    const View& logits, const View& temperature, const View& uniform, const FilterViews& filters,
     Outputs& outputs) {
     check_draft_sample("draft_sample", logits, temperature, uniform, filters);
     draft_sample_rows("draft_sample", logits, temperature, uniform, filters, outputs);

@@ -22,7 +22,7 @@ struct DraftSample {
 DraftSample draft_sample_row(const Row& row, float temperature, float uniform, const Filters& filters);
 
 void check_draft_sample(
-    const char* op, const View& logits, const View& temperature, const View& uniform, const FilterTensors& filters);
+    const char* op, const View& logits, const View& temperature, const View& uniform, const FilterViews& filters);
 
 struct Uncertainty {
     const float* entropy;     // [rows]
@@ -31,7 +31,7 @@ struct Uncertainty {
 // Validates values, then adds and fills draft_sample's outputs; raises naming the first bad row. What it returns lies
 // in the outputs.
 Uncertainty draft_sample_rows(
-    const char* op, const View& logits, const View& temperature, const View& uniform, const FilterTensors& filters,
+    const char* op, const View& logits, const View& temperature, const View& uniform, const FilterViews& filters,
     Outputs& outputs);
 
 }  // namespace speckv

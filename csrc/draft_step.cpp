@@ -11,7 +11,7 @@ namespace speckv {
 
 void draft_step(
     const View& logits, const View& temperature, const View& uniform, const View& signals, const View& drafted,
-    const ControllerViews& views, const FilterTensors& filters, Outputs& outputs) {
+    const ControllerViews& views, const FilterViews& filters, Outputs& outputs) {
     const char* op = "draft_step";
     check_draft_sample(op, logits, temperature, uniform, filters);
     check_plan_gamma(op, signals, views);

@@ -15,16 +15,16 @@ struct ControllerViews {
 };
 
 void draft_sample(
-    const View& logits, const View& temperature, const View& uniform, const FilterTensors& filters, Outputs& outputs);
+    const View& logits, const View& temperature, const View& uniform, const FilterViews& filters, Outputs& outputs);
 
 void plan_gamma(const View& signals, const ControllerViews& controller, Outputs& outputs);
 
 void draft_step(
     const View& logits, const View& temperature, const View& uniform, const View& signals, const View& drafted,
-    const ControllerViews& controller, const FilterTensors& filters, Outputs& outputs);
+    const ControllerViews& controller, const FilterViews& filters, Outputs& outputs);
 
 void verify_chain(
     const View& target_logits, const View& draft_logits, const View& draft_tokens, const View& num_draft,
-    const View& temperature, const View& uniform, const FilterTensors& filters, Outputs& outputs);
+    const View& temperature, const View& uniform, const FilterViews& filters, Outputs& outputs);
 
 }  // namespace speckv

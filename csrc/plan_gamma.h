@@ -26,7 +26,8 @@ struct Controller {
 // signals [5 or more] with one more token in them; `drafted` tokens were in them before, and at 0 they are not read.
 void update_signals(float* signals, int64_t drafted, float entropy, float confidence);
 
-// acceptance [candidates] receives the MLP's outputs. Returns the best candidate, the first of equals; has no meaning where an acceptance is not finite.
+// acceptance [candidates] receives the MLP's outputs. Returns the best candidate, the first of equals; has no meaning
+// where an acceptance is not finite.
 int64_t plan_gamma_row(const Controller& controller, const float* signals, float* acceptance);
 
 void check_controller(

@@ -79,7 +79,7 @@ PyObject* call_dispatched(const Op& op, PyObject* const* args, Py_ssize_t count)
 }
 
 // Lets other threads of Python run meanwhile if there is work for longer than a tenth of a millisecond; giving the lock
-// away and taking it back costs 0.2 us.
+// away and taking it back costs 0.06 us.
 class Unlocked {
 public:
     explicit Unlocked(int64_t logits) : state_(logits < kManyLogits ? nullptr : PyEval_SaveThread()) {}
@@ -96,7 +96,7 @@ private:
     PyThreadState* state_;
 };
 
-// Runs compute(first argument, outputs). The first argument is the largest; read(), which makes compute, reads the others.
+// Runs compute(first argument, outputs). The first argument is the largest; read() makes compute of the others.
 template <class Read>
 PyObject* call(const Op& op, PyObject* const* args, Py_ssize_t count, const Read& read) {
     PythonOutputs outputs;
@@ -122,7 +122,7 @@ PyObject* call(const Op& op, PyObject* const* args, Py_ssize_t count, const Read
     }
 }
 
-FilterTensors filters_from(PyObject* const* args) {
+FilterViews filters_from(PyObject* const* args) {
     return {view_if_any(args[0]), view_if_any(args[1]), view_if_any(args[2])};
 }
 

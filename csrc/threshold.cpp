@@ -247,7 +247,7 @@ int64_t FilteredDistribution::sample_residual(const FilteredDistribution& q, flo
     return total > 0 ? tokens_[search_block(residual.data(), count_, uniform * total)] : sample(uniform);
 }
 
-void FilterTensors::check(const char* op, int64_t rows) const {
+void FilterViews::check(const char* op, int64_t rows) const {
     if (top_k) {
         check_shape(op, "top_k", *top_k, {rows});
         check_int64(op, "top_k", *top_k);
@@ -262,7 +262,7 @@ void FilterTensors::check(const char* op, int64_t rows) const {
     }
 }
 
-std::vector<Filters> filters_of_rows(const char* op, const FilterTensors& tensors, int64_t rows) {
+std::vector<Filters> filters_of_rows(const char* op, const FilterViews& tensors, int64_t rows) {
     if (!tensors.top_k && !tensors.top_p && !tensors.min_p) {
         return {};
     }

@@ -53,7 +53,7 @@ class FilteredDistribution {
 };
 
 // Filters as an op is given them, for each row; a tensor left out is off in all rows.
-struct FilterTensors {
+struct FilterViews {
     std::optional<View> top_k;  // [rows] i64
     std::optional<View> top_p;  // [rows] f32
     std::optional<View> min_p;  // [rows] f32
@@ -62,7 +62,7 @@ struct FilterTensors {
 };
 
 // The filters of each row, checked; empty where no tensor is given. Raises naming the first bad row.
-std::vector<Filters> filters_of_rows(const char* op, const FilterTensors& tensors, int64_t rows);
+std::vector<Filters> filters_of_rows(const char* op, const FilterViews& tensors, int64_t rows);
 
 inline Filters filters_of(const std::vector<Filters>& filters, int64_t row) {
     return filters.empty() ? Filters{} : filters[row];

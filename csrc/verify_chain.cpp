@@ -119,7 +119,7 @@ Verified verify(const Chain& chain) {
 
 void check_verify_chain(
     const char* op, const View& target_logits, const View& draft_logits, const View& draft_tokens,
-    const View& num_draft, const View& temperature, const View& uniform, const FilterTensors& filters) {
+    const View& num_draft, const View& temperature, const View& uniform, const FilterViews& filters) {
     check_shape(op, "target_logits", target_logits, {kAnySize, kAnySize, kAnySize});
     const int64_t batch = target_logits.size(0);
     const int64_t width = target_logits.size(1);
@@ -171,7 +171,7 @@ void check_draft_values(
 
 void verify_chain(
     const View& target_logits, const View& draft_logits, const View& draft_tokens, const View& num_draft,
-    const View& temperature, const View& uniform, const FilterTensors& filters, Outputs& outputs) {
+    const View& temperature, const View& uniform, const FilterViews& filters, Outputs& outputs) {
     const char* op = "verify_chain";
     check_verify_chain(op, target_logits, draft_logits, draft_tokens, num_draft, temperature, uniform, filters);
     const int64_t batch = target_logits.size(0);
