@@ -11,18 +11,6 @@
 namespace speckv {
 namespace {
 
-// A loop is cut into several pieces a thread: enough that a slow thread is waited for briefly.
-constexpr int64_t kPiecesPerThread = 8;
-
-// Calls work(begin, end) for pieces of so many blocks of work.
-template <class Work>
-void for_each_piece(Team& team, int64_t blocks, const Work& work) {
-    const int64_t piece = std::max<int64_t>(1, blocks / (kPiecesPerThread * team.threads()));
-    team.run((blocks + piece - 1) / piece, [&](int64_t index) {
-        work(index * piece, std::min((index + 1) * piece, blocks));
-    });
-}
-
 // Pairs (i, i + size / 2) of a head turned by the angle of their frequency.
 void rotate(float* head, const float* cosine, const float* sine, int64_t half) {
 #pragma omp simd
@@ -106,10 +94,12 @@ private:
     }
 
     void normalize_all(const std::vector<float>& weight) {
-        for (int64_t token = 0; token < count_; ++token) {
-            normalize(x_ + token * decoder_.hidden, weight.data(), decoder_.hidden, decoder_.epsilon,
-                      buffers_->normed.data() + token * decoder_.hidden);
-        }
+        for_rows(team_, count_, [&](int64_t begin, int64_t end) {
+            for (int64_t token = begin; token < end; ++token) {
+                normalize(x_ + token * decoder_.hidden, weight.data(), decoder_.hidden, decoder_.epsilon,
+                          buffers_->normed.data() + token * decoder_.hidden);
+            }
+        });
         buffers_->inputs.set(buffers_->normed.data(), count_, decoder_.hidden);
     }
 
@@ -118,7 +108,7 @@ private:
         float* const outs[] = {buffers_->query.data(), buffers_->key.data(), buffers_->value.data()};
         int64_t blocks = 0;
         for (const Matrix* matrix : matrices) {
-            buffers_->inputs.arrange_for(*matrix);
+            buffers_->inputs.arrange_for(*matrix, team_);
             blocks += matrix->blocks();
         }
         for_each_piece(team_, blocks, [&](int64_t begin, int64_t end) {
@@ -135,18 +125,21 @@ private:
 
     // Norms and angles, and keys and values into the caches.
     void place(const Layer& layer, int64_t index) {
-        int64_t first = 0;
-        for (const Span& span : spans_) {
-            place_span(layer, index, span, first);
-            first += span.count;
-        }
+        for_rows(team_, count_, [&](int64_t begin, int64_t end) {
+            int64_t first = 0;
+            for (const Span& span : spans_) {
+                place_span(layer, index, span, first, std::max(first, begin), std::min(first + span.count, end));
+                first += span.count;
+            }
+        });
     }
 
-    // Of a span that begins with this token of all.
-    void place_span(const Layer& layer, int64_t index, const Span& span, int64_t first) {
+    // The tokens from begin to end, among all, of a span that begins with the first.
+    void place_span(
+        const Layer& layer, int64_t index, const Span& span, int64_t first, int64_t begin, int64_t end) {
         const int64_t size = decoder_.head_size, half = size / 2;
         const Cache& cache = span.cache;
-        for (int64_t token = first; token < first + span.count; ++token) {
+        for (int64_t token = begin; token < end; ++token) {
             const float* const cosine = buffers_->cosine.data() + token * half;
             const float* const sine = buffers_->sine.data() + token * half;
             const auto turn = [&](float* head, const std::vector<float>& norm) {
@@ -241,17 +234,19 @@ private:
     // What the layer adds to its input: a product with values [count, columns].
     void add_product(const Matrix& matrix, const float* values, int64_t columns) {
         buffers_->inputs.set(values, count_, columns);
-        buffers_->inputs.arrange_for(matrix);
+        buffers_->inputs.arrange_for(matrix, team_);
         multiply(matrix, team_, buffers_->inputs, buffers_->delta.data());
-        for (int64_t i = 0; i < count_ * decoder_.hidden; ++i) {
-            x_[i] += buffers_->delta[i];
-        }
+        for_rows(team_, count_, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin * decoder_.hidden; i < end * decoder_.hidden; ++i) {
+                x_[i] += buffers_->delta[i];
+            }
+        });
     }
 
     // silu(gate) * up, into gate.
     void feed_forward(const Layer& layer) {
-        buffers_->inputs.arrange_for(*layer.gate);
-        buffers_->inputs.arrange_for(*layer.up);
+        buffers_->inputs.arrange_for(*layer.gate, team_);
+        buffers_->inputs.arrange_for(*layer.up, team_);
         const int64_t width = decoder_.intermediate;
         for_each_piece(team_, layer.gate->blocks(), [&](int64_t first, int64_t last) {
             for (int64_t block = first; block < last; ++block) {

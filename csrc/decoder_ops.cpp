@@ -213,7 +213,7 @@ Tensor read_model_into(const char* op, const ModelInputs& given, const Place& pl
         }
         if (rows > 0) {
             inputs.set(last.data(), rows, hidden);
-            inputs.arrange_for(*head);
+            inputs.arrange_for(*head, team);
             multiply(*head, team, inputs, logits);
             after(team, rows, head->rows);
         }
@@ -295,8 +295,8 @@ Tensor multiply_matrix(int64_t number, Tensor x) {
     Tensor out = empty_float32<2>({x.size(0), matrix->rows});
     static thread_local Inputs inputs;
     inputs.set(data<float>(whole), x.size(0), matrix->columns);
-    inputs.arrange_for(*matrix);
     with_team(matrix->rows * matrix->columns, [&](Team& team) {
+        inputs.arrange_for(*matrix, team);
         multiply(*matrix, team, inputs, mutable_data<float>(out));
     });
     return out;

@@ -157,7 +157,7 @@ void HeadPass::read(const std::vector<HeadRead>& reads) {
 
 void HeadPass::product(const Matrix& matrix, const float* values, int64_t count, float* out) {
     buffers_->inputs.set(values, count, matrix.columns);
-    buffers_->inputs.arrange_for(matrix);
+    buffers_->inputs.arrange_for(matrix, team_);
     multiply(matrix, team_, buffers_->inputs, out);
 }
 

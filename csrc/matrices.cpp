@@ -121,29 +121,37 @@ void Inputs::set(const float* values, int64_t count, int64_t columns) {
     bytes_threshold_ = -1;
 }
 
-void Inputs::arrange_for(const Matrix& matrix) {
+void Inputs::arrange_for(const Matrix& matrix, Team& team) {
     const Format format = matrix.format;
     if (format == Format::kInt8Inputs && bytes_threshold_ != matrix.threshold) {
-        round_to_bytes(matrix.threshold);
+        round_to_bytes(matrix.threshold, team);
     } else if ((format == Format::kBFloat16 || format == Format::kFourBit) && !has_halves_) {
-        halves_.resize(rows_of_tiles(count_) * columns_);
-        store_bfloat16(values_, count_ * columns_, halves_.data());
-        has_halves_ = true;
+        round_to_halves(team);
     } else if (format == Format::kInt8 && goes_in_tiles(format)) {
         if (!has_digits_) {
-            split_into_digits();
+            split_into_digits(team);
         }
     } else if (format == Format::kInt8 && !has_chunks_) {
         chunks_.assign(count_ * chunk_stride(), Chunk{});
-        for (int64_t i = 0; i < count_; ++i) {
-            arrange({row(i), Dtype::kFloat32, columns_}, chunks_.data() + i * chunk_stride());
-        }
+        for_rows(team, count_, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                arrange({row(i), Dtype::kFloat32, columns_}, chunks_.data() + i * chunk_stride());
+            }
+        });
         has_chunks_ = true;
     }
     if (format == Format::kBFloat16 && goes_in_tiles(format) && !has_tiled_halves_) {
-        tiled_halves_.arrange(halves_.data(), columns_ * int64_t{sizeof(uint16_t)}, count_);
+        tiled_halves_.arrange(halves_.data(), columns_ * int64_t{sizeof(uint16_t)}, count_, team);
         has_tiled_halves_ = true;
     }
+}
+
+void Inputs::round_to_halves(Team& team) {
+    halves_.resize(rows_of_tiles(count_) * columns_);
+    for_rows(team, count_, [&](int64_t begin, int64_t end) {
+        store_bfloat16(row(begin), (end - begin) * columns_, halves_.data() + begin * columns_);
+    });
+    has_halves_ = true;
 }
 
 namespace {
@@ -174,73 +182,83 @@ void round_to_byte(const float* values, int64_t size, float factor, uint8_t* out
 }  // namespace
 
 // As bitsandbytes does for one row; where it has several, it takes the outliers of each for those of all.
-void Inputs::round_to_bytes(float threshold) {
+void Inputs::round_to_bytes(float threshold, Team& team) {
     bytes_.resize(count_ * columns_);
     byte_scales_.resize(count_);
     outliers_.resize(count_);
-    halves_.resize(rows_of_tiles(count_) * columns_);
-    store_bfloat16(values_, count_ * columns_, halves_.data());
+    round_to_halves(team);
+    for_rows(team, count_, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            round_row_to_bytes(threshold, i);
+        }
+    });
+    if (goes_in_tiles(Format::kInt8Inputs)) {
+        tiled_bytes_.arrange(bytes_.data(), columns_, count_, team);
+    }
+    bytes_threshold_ = threshold;
+}
+
+void Inputs::round_row_to_bytes(float threshold, int64_t i) {
     static thread_local Buffer<float> kept;
     kept.resize(columns_);
-    for (int64_t i = 0; i < count_; ++i) {
-        load_bfloat16(half_row(i), columns_, kept.data());
-        outliers_[i].clear();
-        float largest = largest_magnitude(kept.data(), columns_);
-        if (threshold > 0 && largest >= threshold) {
-            for (int64_t column = 0; column < columns_; ++column) {
-                if (std::fabs(kept[column]) >= threshold) {
-                    outliers_[i].push_back({column, kept[column]});
-                    kept[column] = 0;
-                }
+    load_bfloat16(half_row(i), columns_, kept.data());
+    outliers_[i].clear();
+    float largest = largest_magnitude(kept.data(), columns_);
+    if (threshold > 0 && largest >= threshold) {
+        for (int64_t column = 0; column < columns_; ++column) {
+            if (std::fabs(kept[column]) >= threshold) {
+                outliers_[i].push_back({column, kept[column]});
+                kept[column] = 0;
             }
-            largest = largest_magnitude(kept.data(), columns_);
         }
-        if (!std::isfinite(largest) || has_nan(kept.data(), columns_)) {
-            std::fill_n(bytes_.data() + i * columns_, columns_, uint8_t{128});
-            byte_scales_[i] = std::numeric_limits<float>::quiet_NaN();
-            continue;
-        }
-        const float factor = largest > 0 ? std::min(127.0f / largest, std::numeric_limits<float>::max()) : 0.0f;
-        round_to_byte(kept.data(), columns_, factor, bytes_.data() + i * columns_);
-        byte_scales_[i] = largest;
+        largest = largest_magnitude(kept.data(), columns_);
     }
-    if (goes_in_tiles(Format::kInt8Inputs)) {
-        tiled_bytes_.arrange(bytes_.data(), columns_, count_);
+    if (!std::isfinite(largest) || has_nan(kept.data(), columns_)) {
+        std::fill_n(bytes_.data() + i * columns_, columns_, uint8_t{128});
+        byte_scales_[i] = std::numeric_limits<float>::quiet_NaN();
+        return;
     }
-    has_halves_ = true;
-    bytes_threshold_ = threshold;
+    const float factor = largest > 0 ? std::min(127.0f / largest, std::numeric_limits<float>::max()) : 0.0f;
+    round_to_byte(kept.data(), columns_, factor, bytes_.data() + i * columns_);
+    byte_scales_[i] = largest;
 }
 
 // What three signed digits of a byte each make of the largest value of a row, and one more of which still fits.
 constexpr float kLargestDigits = 127 << 16;
 
-void Inputs::split_into_digits() {
+void Inputs::split_into_digits(Team& team) {
     digits_.resize(kDigits * count_ * columns_);
     digit_scales_.resize(count_);
-    for (int64_t i = 0; i < count_; ++i) {
-        int8_t* const digits = digits_.data() + kDigits * i * columns_;
-        const float largest = largest_magnitude(row(i), columns_);
-        if (!std::isfinite(largest) || has_nan(row(i), columns_)) {
-            std::fill_n(digits, kDigits * columns_, int8_t{0});
-            digit_scales_[i] = std::numeric_limits<float>::quiet_NaN();
-            continue;
+    for_rows(team, count_, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            split_row_into_digits(i);
         }
-        const float factor = largest > 0 ? std::min(kLargestDigits / largest, std::numeric_limits<float>::max()) : 0.0f;
-        in_widest_units([values = row(i), columns = columns_, factor, digits]() SPECKV_INLINED {
-#pragma omp simd
-            for (int64_t column = 0; column < columns; ++column) {
-                const auto whole = static_cast<int32_t>(std::rint(values[column] * factor));
-                const int32_t low = static_cast<int8_t>(whole), rest = (whole - low) >> 8;
-                const int32_t middle = static_cast<int8_t>(rest);
-                digits[column] = static_cast<int8_t>((rest - middle) >> 8);
-                digits[columns + column] = static_cast<int8_t>(middle);
-                digits[2 * columns + column] = static_cast<int8_t>(low);
-            }
-        });
-        digit_scales_[i] = largest / kLargestDigits;
-    }
-    tiled_digits_.arrange(digits_.data(), columns_, kDigits * count_);
+    });
+    tiled_digits_.arrange(digits_.data(), columns_, kDigits * count_, team);
     has_digits_ = true;
+}
+
+void Inputs::split_row_into_digits(int64_t i) {
+    int8_t* const digits = digits_.data() + kDigits * i * columns_;
+    const float largest = largest_magnitude(row(i), columns_);
+    if (!std::isfinite(largest) || has_nan(row(i), columns_)) {
+        std::fill_n(digits, kDigits * columns_, int8_t{0});
+        digit_scales_[i] = std::numeric_limits<float>::quiet_NaN();
+        return;
+    }
+    const float factor = largest > 0 ? std::min(kLargestDigits / largest, std::numeric_limits<float>::max()) : 0.0f;
+    in_widest_units([values = row(i), columns = columns_, factor, digits]() SPECKV_INLINED {
+#pragma omp simd
+        for (int64_t column = 0; column < columns; ++column) {
+            const auto whole = static_cast<int32_t>(std::rint(values[column] * factor));
+            const int32_t low = static_cast<int8_t>(whole), rest = (whole - low) >> 8;
+            const int32_t middle = static_cast<int8_t>(rest);
+            digits[column] = static_cast<int8_t>((rest - middle) >> 8);
+            digits[columns + column] = static_cast<int8_t>(middle);
+            digits[2 * columns + column] = static_cast<int8_t>(low);
+        }
+    });
+    digit_scales_[i] = largest / kLargestDigits;
 }
 
 namespace {

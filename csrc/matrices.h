@@ -13,6 +13,7 @@
 
 #include "buffers.h"
 #include "linear_int8.h"
+#include "team.h"
 #include "tensors.h"
 #include "tile_products.h"
 
@@ -72,7 +73,7 @@ public:
     // values [count, columns] stay where they are and must not change until the next call.
     void set(const float* values, int64_t count, int64_t columns);
     // Before the first product with a matrix of this format.
-    void arrange_for(const Matrix& matrix);
+    void arrange_for(const Matrix& matrix, Team& team);
 
     int64_t count() const { return count_; }
     int64_t columns() const { return columns_; }
@@ -92,8 +93,11 @@ public:
 private:
     const float* values_ = nullptr;
     int64_t count_ = 0, columns_ = 0;
-    void round_to_bytes(float threshold);
-    void split_into_digits();
+    void round_to_halves(Team& team);
+    void round_to_bytes(float threshold, Team& team);
+    void round_row_to_bytes(float threshold, int64_t i);
+    void split_into_digits(Team& team);
+    void split_row_into_digits(int64_t i);
 
     bool has_halves_ = false, has_chunks_ = false, has_tiled_halves_ = false, has_digits_ = false;
     float bytes_threshold_ = -1;  // that bytes_ were made with

@@ -67,6 +67,29 @@ private:
     Job job_{};
 };
 
+// A loop is cut into several pieces a thread: enough that a slow thread is waited for briefly.
+constexpr int64_t kPiecesPerThread = 8;
+
+// Calls work(begin, end) for pieces of so many blocks of work.
+template <class Work>
+void for_each_piece(Team& team, int64_t blocks, const Work& work) {
+    const int64_t piece = std::max<int64_t>(1, blocks / (kPiecesPerThread * team.threads()));
+    team.run((blocks + piece - 1) / piece, [&](int64_t index) {
+        work(index * piece, std::min((index + 1) * piece, blocks));
+    });
+}
+
+// The same for what is done to each row of inputs beside the products: few are no work to share.
+template <class Work>
+void for_rows(Team& team, int64_t rows, const Work& work) {
+    constexpr int64_t kFewRows = 8;
+    if (rows <= kFewRows) {
+        work(0, rows);
+    } else {
+        for_each_piece(team, rows, work);
+    }
+}
+
 // Calls pass(team) with a team of PyTorch's number of threads, or of one where `elements` are not worth more.
 template <class Pass>
 void with_team(int64_t elements, const Pass& pass) {

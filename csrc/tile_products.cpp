@@ -9,33 +9,38 @@
 
 namespace speckv {
 
-void TileInputs::arrange(const void* rows, int64_t row_bytes, int64_t count) {
-    constexpr int64_t word_bytes = sizeof(uint32_t);
+void TileInputs::arrange(const void* rows, int64_t row_bytes, int64_t count, Team& team) {
     in_group_ = std::min(count, kTileWidth);
     for (width_ = 1; width_ < in_group_; width_ *= 2) {  // a row of them crosses no line
     }
     steps_ = (row_bytes + kTileBytes - 1) / kTileBytes;
-    const int64_t groups = (count + kTileWidth - 1) / kTileWidth, whole = row_bytes / word_bytes;
-    words_.resize(groups * steps_ * kTileHeight * width_);
-    for (int64_t group = 0; group < groups; ++group) {
-        uint32_t* const to = words_.data() + group * steps_ * kTileHeight * width_;
+    const int64_t groups = (count + kTileWidth - 1) / kTileWidth, group_words = steps_ * kTileHeight * width_;
+    words_.resize(groups * group_words);
+    team.run(groups, [&](int64_t group) {
         const int64_t first = group * kTileWidth;
-        for (int64_t i = 0; i < in_group_; ++i) {
-            if (first + i >= count) {
-                for (int64_t word = 0; word < steps_ * kTileHeight; ++word) {
-                    to[word * width_ + i] = 0;
-                }
-                continue;
-            }
-            const char* const row = static_cast<const char*>(rows) + (first + i) * row_bytes;
-            for (int64_t word = 0; word < whole; ++word) {
-                std::memcpy(to + word * width_ + i, row + word * word_bytes, word_bytes);
-            }
-            for (int64_t word = whole; word < steps_ * kTileHeight; ++word) {
+        arrange_group(static_cast<const char*>(rows) + first * row_bytes, row_bytes, std::min(in_group_, count - first),
+                      words_.data() + group * group_words);
+    });
+}
+
+void TileInputs::arrange_group(const char* rows, int64_t row_bytes, int64_t count, uint32_t* to) const {
+    constexpr int64_t word_bytes = sizeof(uint32_t);
+    const int64_t whole = row_bytes / word_bytes;
+    for (int64_t i = 0; i < in_group_; ++i) {
+        if (i >= count) {
+            for (int64_t word = 0; word < steps_ * kTileHeight; ++word) {
                 to[word * width_ + i] = 0;
             }
-            std::memcpy(to + whole * width_ + i, row + whole * word_bytes, row_bytes % word_bytes);
+            continue;
         }
+        const char* const row = rows + i * row_bytes;
+        for (int64_t word = 0; word < whole; ++word) {
+            std::memcpy(to + word * width_ + i, row + word * word_bytes, word_bytes);
+        }
+        for (int64_t word = whole; word < steps_ * kTileHeight; ++word) {
+            to[word * width_ + i] = 0;
+        }
+        std::memcpy(to + whole * width_ + i, row + whole * word_bytes, row_bytes % word_bytes);
     }
 }
 

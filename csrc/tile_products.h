@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "buffers.h"
+#include "team.h"
 #include "tiles.h"
 
 namespace speckv {
@@ -19,7 +20,7 @@ constexpr int64_t kTileWidth = 16;
 // 64 bytes of a row; what is beyond its end is zero.
 class TileInputs {
 public:
-    void arrange(const void* rows, int64_t row_bytes, int64_t count);
+    void arrange(const void* rows, int64_t row_bytes, int64_t count, Team& team);
 
     // A step of a group of kTileWidth inputs.
     const uint32_t* step(int64_t group, int64_t number) const {
@@ -30,6 +31,8 @@ public:
     int64_t in_group() const { return in_group_; }  // all of a single group, else kTileWidth
 
 private:
+    void arrange_group(const char* rows, int64_t row_bytes, int64_t count, uint32_t* to) const;
+
     Buffer<uint32_t> words_;
     int64_t steps_ = 0, width_ = 0, in_group_ = 0;
 };

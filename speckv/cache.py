@@ -96,13 +96,14 @@ class CachedModel:
         Returns the logits [B, keep, V] after each of the last `keep` tokens, and the hidden states [B, m, n·H] of all
         m after the n layers asked for (see hidden_states), else None.
         """
-        output = self.model(ids[:, self.length:], **cached(self.model, self._cache), logits_to_keep=keep,
+        # To transformers 0 means all.
+        output = self.model(ids[:, self.length:], **cached(self.model, self._cache), logits_to_keep=max(1, keep),
                             output_hidden_states=bool(layers))
         self.length = ids.shape[1]
         if self._cache.get_seq_length() != self.length:
             raise ModelError(f"{type(self.model).__name__} does not keep what it reads in its cache: speckv cannot "
                              "decode with it; use transformers' generate")
-        return output.logits, hidden_states(output, layers) if layers else None
+        return output.logits[:, :keep], hidden_states(output, layers) if layers else None
 
     def rollback(self, length: int) -> None:
         """Forget all but the first `length` tokens; harmless where fewer are cached."""

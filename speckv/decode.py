@@ -146,7 +146,7 @@ class Run:
         """Read the prompt but for its last token, which the first step feeds."""
         prompt = self.ids[:, :self.length - 1]
         if prompt.shape[1] > 0 and not self.finished:
-            _, hidden = self.target.read(prompt, 1, self.wants_hidden)
+            _, hidden = self.target.read(prompt, 0, self.wants_hidden)
             self._observe(hidden, 0)
             self.target.rollback(self.length - 1)
             if self._draft is not None and _will_draft(self.policy):

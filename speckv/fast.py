@@ -136,10 +136,10 @@ class FastModel:
 
     def _read_prompt(self, ids, keep, layers):
         cache = DynamicCache(config=self._target.model.config)
-        output = self._target.model(ids, **cached(self._target.model, cache), logits_to_keep=keep,
+        output = self._target.model(ids, **cached(self._target.model, cache), logits_to_keep=max(1, keep),
                                     output_hidden_states=bool(layers))
         self._session.fill(cache)
-        return output.logits.float(), hidden_states(output, layers).float() if layers else None
+        return output.logits[:, :keep].float(), hidden_states(output, layers).float() if layers else None
 
     def rollback(self, length: int) -> None:
         self._session.rollback(length)
