@@ -48,8 +48,7 @@ def generate_batch(target, drafter, requests, policy="adaptive", fast=False, on_
             runs.append(open_run(target, drafter, policy=policy, fast=fast, **request))
         except InputError as error:
             raise InputError(f"request {index}: {error}") from error
-    for run in runs:
-        run.prefill()
+    _prefill(runs)
     active = {index: run for index, run in enumerate(runs) if not run.finished}
     rows = dict.fromkeys(active, 1)  # of each text in the last pass
     while active:
@@ -62,10 +61,25 @@ def generate_batch(target, drafter, requests, policy="adaptive", fast=False, on_
 
 
 @torch.inference_mode()
+def _prefill(runs):
+    """Read all prompts, several to a pass where the target can."""
+    unread = [run for run in runs if run.prompt() is not None]
+    hidden = {}
+    if unread and _share_a_pass(unread):
+        read = _read_together(unread, [(run.target, run.prompt(), 0) for run in unread])
+        hidden = {} if read is None else {run: states for run, (_, states) in zip(unread, read, strict=True)}
+    for run in runs:
+        if run in hidden:
+            run.end_prefill(hidden.pop(run))
+        else:
+            run.prefill()
+
+
+@torch.inference_mode()
 def _step(runs, last_rows):
     """A step of each run, by its index: all drafts, one pass of the target, all verdicts; and how many rows of the pass
     each took, where in the last pass it took so many."""
-    shares = len(runs) > 1 and _share_a_pass(runs)
+    shares = len(runs) > 1 and _share_a_pass(runs.values())
     drafts = _drafts(runs, last_rows, shares)
     started = time.perf_counter()
     read, has_shared = _read(runs, drafts)
@@ -130,23 +144,29 @@ def _chains(runs, wanted):
 
 def _read(runs, drafts):
     """Each run's draft, or what memory leaves of it, and what its target makes of that; and whether in one pass."""
-    if _share_a_pass(runs):
+    if _share_a_pass(runs.values()):
         requests = [(run.target, *run.request(drafts[index])) for index, run in runs.items()]
-        wanted = next(iter(runs.values())).wants_hidden  # of the one drafter that all share
-        best = all(run.takes_best for run in runs.values())
-        try:
-            read = FastModel.read_together(requests, wanted, best)
+        read = _read_together([*runs.values()], requests, all(run.takes_best for run in runs.values()))
+        if read is not None:
             return {index: (drafts[index], *some) for index, some in zip(runs, read, strict=True)}, len(runs) > 1
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        for run in runs.values():  # some may have been read
-            run.target.rollback(run.length - 1)
     return {index: run.read(drafts[index]) for index, run in runs.items()}, False
 
 
+def _read_together(runs, requests, best=False):
+    """What FastModel.read_together makes of a request of each run; None, and nothing read, where memory is short."""
+    lengths = [run.target.length for run in runs]
+    try:
+        return FastModel.read_together(requests, runs[0].wants_hidden, best)  # of the one drafter that all share
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    for run, length in zip(runs, lengths, strict=True):  # some may have been read
+        run.target.rollback(length)
+    return None
+
+
 def _share_a_pass(runs):
-    return all(isinstance(run.target, FastModel) for run in runs.values())
+    return all(isinstance(run.target, FastModel) for run in runs)
 
 
 def _named(index, call, *arguments):

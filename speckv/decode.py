@@ -144,9 +144,18 @@ class Run:
     @torch.inference_mode()
     def prefill(self):
         """Read the prompt but for its last token, which the first step feeds."""
-        prompt = self.ids[:, :self.length - 1]
-        if prompt.shape[1] > 0 and not self.finished:
-            _, hidden = self.target.read(prompt, 0, self.wants_hidden)
+        prompt = self.prompt()
+        self.end_prefill(None if prompt is None else self.target.read(prompt, 0, self.wants_hidden)[1])
+
+    def prompt(self):
+        """What prefill reads [1, n]; None where there is nothing to read."""
+        return self.ids[:, :self.length - 1] if self.length > 1 and not self.finished else None
+
+    @torch.inference_mode()
+    def end_prefill(self, hidden):
+        """After the target has read what there is of prompt(), with the hidden states that the drafter wants."""
+        prompt = self.prompt()
+        if prompt is not None:
             self._observe(hidden, 0)
             self.target.rollback(self.length - 1)
             if self._draft is not None and _will_draft(self.policy):

@@ -23,7 +23,7 @@ from speckv.pruned import decoder_layers
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not change with the length of the text
 ROOM = 256  # tokens: the cache grows by at least so many
-MOST_ROWS = 64  # tokens read together
+MOST_ROWS = 128  # tokens read together; twice as many are read no faster
 _NO_TENSOR = torch.empty(0)
 
 

@@ -11,7 +11,7 @@ from speckv.cache import CachedModel, cached, hidden_states
 from speckv.engine import MOST_ROWS, DecoderStack, HeldMatrix, embedding_weight
 from speckv.errors import ModelError
 
-LONGEST_FLOAT_PROMPT = MOST_ROWS  # tokens; PyTorch reads a longer one sooner where the weights are fp32
+LONGEST_FLOAT_PROMPT = 64  # tokens; PyTorch reads a longer one sooner where the weights are fp32
 _TARGETS = weakref.WeakKeyDictionary()
 
 
@@ -88,7 +88,7 @@ class FastModel:
     def read(self, ids, keep: int, layers: tuple = ()):
         """As CachedModel.read, logits in fp32."""
         new = ids[:, self.length:]
-        if self.length == 0 and new.shape[1] > self._target.longest_prompt:
+        if self._leaves_to_model(new.shape[1]):
             return self._read_prompt(new, keep, layers)
         if new.shape[1] <= MOST_ROWS:
             logits, states = self._target.read([(self._session, new[0], keep)], layers)
@@ -104,6 +104,9 @@ class FastModel:
             return self.read(ids, keep, layers)
         best, states = self._target.read_best([(self._session, new, keep)], layers)
         return best.tolist(), states.unsqueeze(0) if layers else None
+
+    def _leaves_to_model(self, count):
+        return self.length == 0 and count > self._target.longest_prompt
 
     def _read_in_parts(self, ids, keep, layers):
         left, parts = len(ids), []
@@ -149,11 +152,14 @@ class FastModel:
 
 
 def _groups(requests):
-    """The requests in order, cut where the tokens to read would be more than the engine takes at once."""
+    """The requests in order, cut where the tokens to read would be more than the engine takes at once. What it leaves
+    to the model is alone."""
     group, rows = [], 0
     for request in requests:
         model, ids, _ = request
         count = ids.shape[1] - model.length
+        if model._leaves_to_model(count):
+            count = MOST_ROWS
         if group and rows + count > MOST_ROWS:
             yield group
             group, rows = [], 0
