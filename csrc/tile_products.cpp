@@ -9,43 +9,57 @@
 
 namespace speckv {
 
-void TileInputs::arrange(const void* rows, int64_t row_bytes, int64_t count, Team& team) {
-    in_group_ = std::min(count, kTileWidth);
-    for (width_ = 1; width_ < in_group_; width_ *= 2) {  // a row of them crosses no line
-    }
-    steps_ = (row_bytes + kTileBytes - 1) / kTileBytes;
-    const int64_t groups = (count + kTileWidth - 1) / kTileWidth, group_words = steps_ * kTileHeight * width_;
-    words_.resize(groups * group_words);
-    team.run(groups, [&](int64_t group) {
-        const int64_t first = group * kTileWidth;
-        arrange_group(static_cast<const char*>(rows) + first * row_bytes, row_bytes, std::min(in_group_, count - first),
-                      words_.data() + group * group_words);
-    });
-}
-
-void TileInputs::arrange_group(const char* rows, int64_t row_bytes, int64_t count, uint32_t* to) const {
-    constexpr int64_t word_bytes = sizeof(uint32_t);
-    const int64_t whole = row_bytes / word_bytes;
-    for (int64_t i = 0; i < in_group_; ++i) {
-        if (i >= count) {
-            for (int64_t word = 0; word < steps_ * kTileHeight; ++word) {
-                to[word * width_ + i] = 0;
-            }
-            continue;
-        }
-        const char* const row = rows + i * row_bytes;
-        for (int64_t word = 0; word < whole; ++word) {
-            std::memcpy(to + word * width_ + i, row + word * word_bytes, word_bytes);
-        }
-        for (int64_t word = whole; word < steps_ * kTileHeight; ++word) {
-            to[word * width_ + i] = 0;
-        }
-        std::memcpy(to + whole * width_ + i, row + whole * word_bytes, row_bytes % word_bytes);
-    }
-}
-
 #if SPECKV_HAS_TILES
 namespace {
+
+// Columns of 16 rows of 16 words, which become the rows.
+SPECKV_TILES inline void transpose(const __m512i (&rows)[kTileHeight], __m512i (&columns)[kTileWidth]) {
+    __m512i pairs[kTileHeight], fours[kTileHeight];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    // Of rows i to i + 3 the columns j, 4 + j, 8 + j and 12 + j, in fours[i + j].
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+        fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+        fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+        fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+    }
+    constexpr int kEven = 0x88, kOdd = 0xdd;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        const __m512i low_even = _mm512_shuffle_i32x4(fours[j], fours[4 + j], kEven);
+        const __m512i low_odd = _mm512_shuffle_i32x4(fours[j], fours[4 + j], kOdd);
+        const __m512i high_even = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], kEven);
+        const __m512i high_odd = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], kOdd);
+        columns[j] = _mm512_shuffle_i32x4(low_even, high_even, kEven);
+        columns[4 + j] = _mm512_shuffle_i32x4(low_odd, high_odd, kEven);
+        columns[8 + j] = _mm512_shuffle_i32x4(low_even, high_even, kOdd);
+        columns[12 + j] = _mm512_shuffle_i32x4(low_odd, high_odd, kOdd);
+    }
+}
+
+// A group of inputs, or the first of it, as second factors of so many words a row.
+SPECKV_TILES void arrange_group(const char* from, int64_t row_bytes, int64_t count, int64_t width, uint32_t* to) {
+    const auto words = static_cast<__mmask16>((1u << width) - 1);
+    for (int64_t byte = 0; byte < row_bytes; byte += kTileBytes, to += kTileHeight * width) {
+        const int64_t left = std::min(kTileBytes, row_bytes - byte);
+        const auto bytes = static_cast<__mmask64>(~uint64_t{0} >> (kTileBytes - left));
+        __m512i rows[kTileHeight], columns[kTileWidth];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kTileWidth; ++i) {
+            rows[i] = i < count ? _mm512_maskz_loadu_epi8(bytes, from + i * row_bytes + byte) : _mm512_setzero_si512();
+        }
+        transpose(rows, columns);
+#pragma GCC unroll 16
+        for (int64_t word = 0; word < kTileHeight; ++word) {
+            _mm512_mask_storeu_epi32(to + word * width, words, columns[word]);
+        }
+    }
+}
 
 // What they differ in.
 struct Pairs {
@@ -71,12 +85,7 @@ struct Rows {
 };
 
 template <int tile>
-SPECKV_TILES inline void load_weights(const Rows& rows, int64_t byte) {
-    const int64_t width = std::min(kTileBytes, rows.row_bytes - byte);
-    if (rows.count == kTileHeight && width == kTileBytes) {
-        load_tile<tile>(rows.start + byte, rows.row_bytes);
-        return;
-    }
+SPECKV_TILES __attribute__((noinline)) void load_edge(const Rows& rows, int64_t byte, int64_t width) {
     alignas(kTileBytes) char padded[kTileHeight * kTileBytes] = {};
     for (int64_t row = 0; row < rows.count; ++row) {
         std::memcpy(padded + row * kTileBytes, rows.start + row * rows.row_bytes + byte, width);
@@ -84,15 +93,41 @@ SPECKV_TILES inline void load_weights(const Rows& rows, int64_t byte) {
     load_tile<tile>(padded, kTileBytes);
 }
 
+template <int tile>
+SPECKV_TILES inline void load_weights(const Rows& rows, int64_t byte) {
+    const int64_t width = std::min(kTileBytes, rows.row_bytes - byte);
+    if (rows.count == kTileHeight && width == kTileBytes) {
+        load_tile<tile>(rows.start + byte, rows.row_bytes);
+    } else {
+        load_edge<tile>(rows, byte, width);
+    }
+}
+
 // Sums of 16 rows, or the first of them, to where they belong.
 template <int tile, class Sum>
 SPECKV_TILES inline void store_sums(int64_t rows, int64_t inputs, Sum* out, int64_t stride) {
+    constexpr int64_t kGathered = 4;  // inputs: so many are gathered in the time in which all 16 are transposed
     alignas(kTileBytes) Sum sums[kTileHeight * kTileWidth];
     store_tile<tile>(sums, kTileBytes);
     const auto mask = static_cast<__mmask16>((1u << rows) - 1);
-    const __m512i at = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 4);
-    for (int64_t input = 0; input < inputs; ++input) {
-        _mm512_mask_storeu_epi32(out + input * stride, mask, _mm512_i32gather_epi32(at, sums + input, sizeof(Sum)));
+    if (inputs <= kGathered) {
+        const __m512i at = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 4);
+        for (int64_t input = 0; input < inputs; ++input) {
+            _mm512_mask_storeu_epi32(out + input * stride, mask, _mm512_i32gather_epi32(at, sums + input, sizeof(Sum)));
+        }
+        return;
+    }
+    __m512i of_rows[kTileHeight], of_inputs[kTileWidth];
+#pragma GCC unroll 16
+    for (int64_t row = 0; row < kTileHeight; ++row) {
+        of_rows[row] = _mm512_load_si512(sums + row * kTileWidth);
+    }
+    transpose(of_rows, of_inputs);
+#pragma GCC unroll 16
+    for (int64_t input = 0; input < kTileWidth; ++input) {
+        if (input < inputs) {
+            _mm512_mask_storeu_epi32(out + input * stride, mask, of_inputs[input]);
+        }
     }
 }
 
@@ -266,6 +301,20 @@ SPECKV_TILES void four_bit_by_groups(
 
 }  // namespace
 
+void TileInputs::arrange(const void* rows, int64_t row_bytes, int64_t count, Team& team) {
+    in_group_ = std::min(count, kTileWidth);
+    for (width_ = 1; width_ < in_group_; width_ *= 2) {  // a row of them crosses no line
+    }
+    steps_ = (row_bytes + kTileBytes - 1) / kTileBytes;
+    const int64_t groups = (count + kTileWidth - 1) / kTileWidth, group_words = steps_ * kTileHeight * width_;
+    words_.resize(groups * group_words);
+    team.run(groups, [&](int64_t group) {
+        const int64_t first = group * kTileWidth;
+        arrange_group(static_cast<const char*>(rows) + first * row_bytes, row_bytes, std::min(kTileWidth, count - first),
+                      width_, words_.data() + group * group_words);
+    });
+}
+
 void multiply_bfloat16_in_tiles(
     const uint16_t* weights, int64_t rows, int64_t columns, const TileInputs& inputs, int64_t count, float* out,
     int64_t stride) {
@@ -289,6 +338,8 @@ void multiply_four_bit_in_tiles(
     const uint16_t* x, int64_t inputs, float* out, int64_t stride) {
     four_bit_by_groups(indices, scale, scale_stride, table, columns, x, inputs, out, stride);
 }
+#else
+void TileInputs::arrange(const void*, int64_t, int64_t, Team&) {}  // no tiles, no inputs of theirs
 #endif
 
 }  // namespace speckv

@@ -31,8 +31,6 @@ public:
     int64_t in_group() const { return in_group_; }  // all of a single group, else kTileWidth
 
 private:
-    void arrange_group(const char* rows, int64_t row_bytes, int64_t count, uint32_t* to) const;
-
     Buffer<uint32_t> words_;
     int64_t steps_ = 0, width_ = 0, in_group_ = 0;
 };
