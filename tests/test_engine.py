@@ -33,13 +33,15 @@ def close(ours, theirs, tolerance):
 @torch.inference_mode()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("length", [1, 12, MOST_ROWS + 20])
-def test_logits_and_hidden_states_are_the_models(family, length):
+@pytest.mark.parametrize("most", [0, 3])
+def test_logits_and_hidden_states_are_the_models(family, length, most):
     model, layers = tiny_model(family), (0, 2, -1)
     ids = long_prompt(length + 9)
     fast, plain = FastTarget.of(model).open(), CachedModel(model)
     for end in (length, length + 1, length + 5, length + 9):
-        keep = min(3, end - plain.length)
+        keep = min(most, end - plain.length)
         ours, theirs = (one.read(ids[:, :end], keep, layers) for one in (fast, plain))
+        assert ours[0].shape[1] == keep
         assert fast.length == plain.length == end
         for mine, other in zip(ours, theirs, strict=True):
             assert mine.shape == other.shape
@@ -75,8 +77,8 @@ def test_sequences_read_together_have_the_bits_of_each_alone(family, dtype, laye
     ends = [0] * len(texts)
     for step in (lengths, *steps):
         ends = [end + more for end, more in zip(ends, step, strict=True)]
-        requests = [(each, ids[:, :end], min(2, end - each.length))
-                    for each, ids, end in zip(together, texts, ends, strict=True)]
+        requests = [(each, ids[:, :end], min(i % 3, end - each.length))
+                    for i, (each, ids, end) in enumerate(zip(together, texts, ends, strict=True))]
         results = type(together[0]).read_together(requests, layers)
         for each, (_, ids, keep), (logits, hidden) in zip(alone, requests, results, strict=True):
             expected, states = each.read(ids, keep, layers)
