@@ -127,6 +127,25 @@ def test_texts_that_memory_lets_share_no_pass_are_told_so(monkeypatch):
     assert {others for when, _, others in told if when == "after"} == {ALONE}
 
 
+@needs_engine
+def test_what_a_shared_pass_has_read_before_memory_ends_is_taken_back(monkeypatch):
+    requests = [{"input_ids": prompt_ids(6, seed=seed)} for seed in (1, 2)]
+
+    def sequences():
+        outputs = speckv.generate_batch(tiny_model(), tiny_model(seed=1), requests, policy="fixed:2", fast=True,
+                                        max_new_tokens=12, eos_token_id=[])
+        return [output.sequences for output in outputs]
+    expected, read, failed = sequences(), FastModel.read_together, []
+
+    def fail(*arguments):
+        read(*arguments)
+        failed.append(arguments)
+        raise MemoryError
+    monkeypatch.setattr(FastModel, "read_together", staticmethod(fail))
+    assert all(torch.equal(*both) for both in zip(sequences(), expected, strict=True))
+    assert len(failed) > 2  # the prompts, and steps
+
+
 class Valuing(PolicySession):
     """Keeps what a token of its text is worth beside others, and drafts two where that is most."""
 
