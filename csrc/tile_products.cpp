@@ -106,7 +106,7 @@ SPECKV_TILES inline void load_weights(const Rows& rows, int64_t byte) {
 // Sums of 16 rows, or the first of them, to where they belong.
 template <int tile, class Sum>
 SPECKV_TILES inline void store_sums(int64_t rows, int64_t inputs, Sum* out, int64_t stride) {
-    constexpr int64_t kGathered = 4;  // inputs: so many are gathered in the time in which all 16 are transposed
+    constexpr int64_t kGathered = 4;  // inputs: for so few, columns are gathered and not all 16 turned over
     alignas(kTileBytes) Sum sums[kTileHeight * kTileWidth];
     store_tile<tile>(sums, kTileBytes);
     const auto mask = static_cast<__mmask16>((1u << rows) - 1);
